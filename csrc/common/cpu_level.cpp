@@ -1,0 +1,91 @@
+#include "common/cpu_level.h"
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace llmkern {
+namespace {
+
+#if defined(__x86_64__)
+
+struct Leaf {
+    uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Leaf cpuid(uint32_t leaf, uint32_t subleaf) {
+    Leaf r;
+    if (!__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
+    return r;
+}
+
+bool bit(uint32_t word, int index) { return (word >> index) & 1; }
+
+// Which register files the operating system saves; valid only if CPUID reports OSXSAVE.
+uint64_t enabled_states() {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+Cpu ask() {
+    const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);
+    const uint64_t states = bit(one.ecx, 27) ? enabled_states() : 0;
+    const bool ymm = (states & 0x6) == 0x6;           // SSE and AVX
+    const bool zmm = ymm && (states & 0xe0) == 0xe0;  // opmask, upper ZMM0-15, ZMM16-31
+    const bool tmm = (states & 0x60000) == 0x60000;   // tile configuration and data
+    Cpu cpu{};
+    cpu.fma = ymm && bit(one.ecx, 12);
+    cpu.f16c = ymm && bit(one.ecx, 29);
+    cpu.avx2 = ymm && bit(seven.ebx, 5);
+    cpu.bmi2 = bit(seven.ebx, 8);
+    cpu.avx512f = zmm && bit(seven.ebx, 16);
+    cpu.avx512dq = zmm && bit(seven.ebx, 17);
+    cpu.avx512bw = zmm && bit(seven.ebx, 30);
+    cpu.avx512vl = zmm && bit(seven.ebx, 31);
+    cpu.avx512vbmi = zmm && bit(seven.ecx, 1);
+    cpu.avx512vbmi2 = zmm && bit(seven.ecx, 6);
+    cpu.avx512vnni = zmm && bit(seven.ecx, 11);
+    cpu.amx_bf16 = tmm && bit(seven.edx, 22);
+    cpu.amx_tile = tmm && bit(seven.edx, 24);
+    cpu.amx_int8 = tmm && bit(seven.edx, 25);
+    return cpu;
+}
+
+#else
+
+Cpu ask() { return {}; }
+
+#endif
+
+// Linux hands out the tile registers only to a process that asks for them.
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+const std::vector<Level>& levels() {
+    static const std::vector<Level> table = [] {
+        const Cpu cpu = ask();
+        return std::vector<Level>{
+#define LLMKERN_LEVEL(name, flags, test) {#name, (test), flags},
+#include "common/levels.def"
+#undef LLMKERN_LEVEL
+        };
+    }();
+    return table;
+}
+
+}  // namespace llmkern

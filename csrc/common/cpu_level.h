@@ -1,0 +1,24 @@
+// The only place that asks the machine what it can do. Compiled without any level's flags.
+#pragma once
+
+#include <vector>
+
+namespace llmkern {
+
+// Instruction sets that both the processor and the operating system (saved registers) support.
+struct Cpu {
+    bool avx2, fma, f16c, bmi2;
+    bool avx512f, avx512bw, avx512dq, avx512vl, avx512vnni, avx512vbmi, avx512vbmi2;
+    bool amx_tile, amx_int8, amx_bf16;
+};
+
+struct Level {
+    const char* name;
+    bool available;
+    const char* flags;
+};
+
+// The rows of levels.def in order, tested once.
+const std::vector<Level>& levels();
+
+}  // namespace llmkern

@@ -1,0 +1,156 @@
+#include "common/parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace llmkern {
+namespace {
+
+// A worker that finds no job looks this long for the next one before it sleeps. Longer would take cores from others;
+// shorter would pay a wake-up (about 5 us for the caller, 50 us for the worker) at every layer of a model.
+constexpr auto SPIN = std::chrono::microseconds(40);
+// Chunks per thread: enough that a thread whose core is taken away leaves little behind.
+constexpr int CHUNKS_PER_THREAD = 8;
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// The state of the current job in one word, so that a chunk can be taken only from the job it belongs to:
+//   bits 32..63 job number | bits 20..31 how many workers may help | bits 0..19 chunks not yet taken
+constexpr uint64_t pack(uint64_t job, uint64_t helpers, uint64_t left) { return job << 32 | helpers << 20 | left; }
+constexpr uint64_t job_of(uint64_t state) { return state >> 32; }
+constexpr int helpers_of(uint64_t state) { return static_cast<int>(state >> 20 & 0xfff); }
+constexpr int64_t left_of(uint64_t state) { return static_cast<int64_t>(state & 0xfffff); }
+constexpr int MAX_THREADS = 0xfff;
+
+class Pool {
+  public:
+    // False if another thread has the workers.
+    bool run(int64_t tasks, int threads, void (*run)(void*, int64_t, int64_t), void* context) {
+        std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+        if (!owner) return false;
+        threads = 1 + grow(threads - 1);
+        tasks_ = tasks;
+        chunks_ = std::min<int64_t>(tasks, int64_t{threads} * CHUNKS_PER_THREAD);
+        run_ = run;
+        context_ = context;
+        done_.store(0, std::memory_order_relaxed);
+        state_.store(pack(job_of(state_.load(std::memory_order_relaxed)) + 1, static_cast<uint64_t>(threads - 1),
+                          static_cast<uint64_t>(chunks_)));
+        if (asleep_.load() > 0) {
+            {
+                std::lock_guard<std::mutex> lock(sleep_);
+            }
+            wake_.notify_all();
+        }
+        work(state_.load(std::memory_order_relaxed));
+        // Only chunks that a worker took are still open. Its core may be taken away: then give ours up too.
+        for (int spins = 0; done_.load(std::memory_order_acquire) != chunks_; ++spins) {
+            if (spins < 4096)
+                pause();
+            else
+                std::this_thread::yield();
+        }
+        return true;
+    }
+
+  private:
+    // Starts workers up to `wanted`; returns how many of those there are.
+    int grow(int wanted) {
+        sigset_t all, before;
+        if (started_ < wanted) {
+            sigfillset(&all);  // signals belong to the threads of the program
+            pthread_sigmask(SIG_SETMASK, &all, &before);
+            try {
+                for (; started_ < wanted; ++started_) std::thread(&Pool::loop, this, started_).detach();
+            } catch (const std::system_error&) {
+                // No more threads to be had: the work is done by those there are.
+            }
+            pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        }
+        return std::min(started_, wanted);
+    }
+
+    // Takes chunks of the job of `state` until none is left.
+    void work(uint64_t state) {
+        const uint64_t job = job_of(state);
+        while (job_of(state) == job && left_of(state) > 0) {
+            if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel)) continue;
+            // The job cannot end before this chunk is done, so its fields are stable.
+            const int64_t chunk = chunks_ - left_of(state);
+            run_(context_, tasks_ * chunk / chunks_, tasks_ * (chunk + 1) / chunks_);
+            done_.fetch_add(1, std::memory_order_release);
+            state = state_.load(std::memory_order_acquire);
+        }
+    }
+
+    bool is_news(uint64_t state, uint64_t seen) const { return job_of(state) != seen && left_of(state) > 0; }
+
+    void loop(int index) {
+        uint64_t seen = 0;
+        for (;;) {
+            uint64_t state = state_.load(std::memory_order_acquire);
+            const auto until = std::chrono::steady_clock::now() + SPIN;
+            while (!is_news(state, seen) && std::chrono::steady_clock::now() < until) {
+                for (int i = 0; i < 16; ++i) pause();
+                state = state_.load(std::memory_order_acquire);
+            }
+            if (!is_news(state, seen)) {
+                std::unique_lock<std::mutex> lock(sleep_);
+                asleep_.fetch_add(1);
+                wake_.wait(lock, [&] { return is_news(state = state_.load(), seen); });
+                asleep_.fetch_sub(1);
+            }
+            seen = job_of(state);
+            if (index < helpers_of(state)) work(state);
+        }
+    }
+
+    std::mutex owner_;  // held by the thread whose job this is
+    int started_ = 0;
+
+    alignas(64) std::atomic<uint64_t> state_{0};
+    int64_t tasks_ = 0, chunks_ = 0;
+    void (*run_)(void*, int64_t, int64_t) = nullptr;
+    void* context_ = nullptr;
+    alignas(64) std::atomic<int64_t> done_{0};
+
+    alignas(64) std::atomic<int> asleep_{0};
+    std::mutex sleep_;
+    std::condition_variable wake_;
+};
+
+// Never destroyed: workers may still look at it when the process ends, and a child's parent's pool has no threads.
+std::atomic<Pool*> pool{nullptr};
+
+Pool& current_pool() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        pool = new Pool;
+        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    });
+    return *pool.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+void parallel_ranges(int64_t tasks, int threads, void (*run)(void*, int64_t, int64_t), void* context) {
+    static const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    threads = static_cast<int>(std::min<int64_t>({threads, cores, MAX_THREADS, tasks}));
+    if (threads <= 1 || !current_pool().run(tasks, threads, run, context)) run(context, 0, tasks);
+}
+
+}  // namespace llmkern

@@ -1,0 +1,3 @@
+#include "cpu/sparse/avx2.h"
+
+#include "cpu/bitmask_linear/kernel.inl"

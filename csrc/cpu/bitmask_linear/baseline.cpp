@@ -1,0 +1,3 @@
+#include "cpu/sparse/baseline.h"
+
+#include "cpu/bitmask_linear/kernel.inl"

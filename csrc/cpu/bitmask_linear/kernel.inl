@@ -1,0 +1,101 @@
+// Unstructured sparse weights, activations kept: the shared driver over rows of kept values and bits.
+#include "cpu/bitmask_linear/bitmask_linear.h"
+#include "cpu/linear/driver.h"
+
+namespace llmkern::LLMKERN_NS {
+namespace {
+
+#include "cpu/sparse/scales.inl"
+
+// Not inline: only the last chunks of the whole weight come here.
+__attribute__((noinline)) void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
+}
+
+template <Kept KEPT, Order ORDER>
+struct BitmaskSource {
+    static constexpr int VECTORS = EXPAND_VECTORS;
+    static constexpr int column(int p) { return expanded_column<KEPT, ORDER>(p); }
+    static constexpr int64_t VALUE_BYTES = kept_bytes(KEPT, EXPAND_CHUNK);
+    static constexpr int64_t BIT_BYTES = EXPAND_CHUNK / 8;
+
+    struct Cursor {
+        const uint8_t* values;
+        const uint8_t* bits;
+        ScaleCursor<ORDER> scales;
+    };
+
+    const uint8_t* values;
+    const uint8_t* values_end;
+    const uint8_t* bits;
+    const int64_t* row_offsets;
+    int64_t k;
+    KeptScales scales;
+
+    int64_t group_chunks() const { return scale_group_chunks<ORDER>(scales); }
+    int64_t buffer_floats() const { return scale_buffer_floats<ORDER>(scales); }
+
+    LLMKERN_INLINE_MEMBER void start(Cursor& at, int64_t row, float* buffer) const {
+        at.values = values + kept_bytes(KEPT, row_offsets[row]);
+        at.bits = bits + row * ((k + 7) / 8);
+        start_scales(scales, at.scales, row, buffer);
+    }
+
+    LLMKERN_INLINE_MEMBER void group(Cursor& at) const { next_group(scales, at.scales); }
+
+    LLMKERN_INLINE_MEMBER void next(Cursor& at, F32 (&w)[VECTORS]) const {
+        for (int64_t i = 0; i < VALUE_BYTES / 2; i += 64) prefetch(at.values + PREFETCH_AHEAD + i);
+        prefetch(at.bits + PREFETCH_AHEAD / (VALUE_BYTES / 2 / BIT_BYTES));
+        uint64_t word = 0;
+        __builtin_memcpy(&word, at.bits, BIT_BYTES);  // least significant byte first: little-endian machines only
+        at.bits += BIT_BYTES;
+        decode(at, word, w);
+    }
+
+    LLMKERN_INLINE_MEMBER void last(Cursor& at, F32 (&w)[VECTORS], int columns) const {
+        uint64_t word = 0;
+        for (int i = 0; i < (columns + 7) / 8; ++i) word |= static_cast<uint64_t>(at.bits[i]) << 8 * i;
+        decode(at, word & ((uint64_t{1} << columns) - 1), w);
+    }
+
+    LLMKERN_INLINE_MEMBER void decode(Cursor& at, uint64_t word, F32 (&w)[VECTORS]) const {
+        const int64_t bytes = kept_bytes(KEPT, __builtin_popcountll(word));
+        uint8_t part[VALUE_BYTES];
+        const uint8_t* from = at.values;
+        if (__builtin_expect(values_end - from < VALUE_BYTES, false)) {
+            copy(part, from, bytes);
+            from = part;
+        }
+        expand<KEPT, ORDER, Count::ANY>(w, word, from, at.scales.scale);
+        at.values += bytes;
+        if constexpr (ORDER == Order::NATURAL) scale_columns(at.scales, w);
+    }
+};
+
+template <Kept KEPT, Order ORDER = Order::FAST>
+void run(const BitmaskLinearArgs& args) {
+    const auto* values = static_cast<const uint8_t*>(args.values);
+    const BitmaskSource<KEPT, ORDER> source{
+        values,        values + kept_bytes(KEPT, args.row_offsets[args.linear.n]),
+        args.bits,     args.row_offsets,
+        args.linear.k, kept_scales(args.scales, args.scales_dtype, args.group_size, args.linear.k)};
+    run_linear(args.linear, source);
+}
+
+}  // namespace
+
+void bitmask_linear(const BitmaskLinearArgs& args) {
+    switch (args.values_dtype) {
+        case DType::F32:
+            return run<Kept::F32>(args);
+        case DType::BF16:
+            return run<Kept::BF16>(args);
+        case DType::F16:
+            return run<Kept::F16>(args);
+        case DType::I8:
+            if (args.group_size % EXPAND_CHUNK == 0 || args.group_size >= args.linear.k) return run<Kept::I8>(args);
+            return run<Kept::I8, Order::NATURAL>(args);
+    }
+}
+
+}  // namespace llmkern::LLMKERN_NS

@@ -1,0 +1,3 @@
+#include "cpu/simd/baseline.h"
+
+#include "cpu/gptq_block/kernel.inl"

@@ -1,0 +1,130 @@
+// Linear layers with x quantized to int8: exact int32 dot products per weight group, scaled and summed in fp32.
+//
+//   y[m, n] = sum over groups g of (sum over k in g of (q[n, k] - z[n, g]) * c[m, k]) * sw[n, g] * sx[m, g]
+//
+// A weight format gives Rows: row(n) and row_bytes(), code(row, column), and Dot, the level's byte dot product:
+//
+//   struct Dot {
+//       static constexpr bool FAST;         // false: the level has none, and nothing else is there
+//       BYTES, COLUMNS                      // a block: bytes of a row, and the columns in them
+//       OFFSET                              // load() gives unsigned codes q + OFFSET
+//       ROWS, X_ROWS                        // rows of w and of x whose sums fit the registers together
+//       column(p)                           // the column, within a block, of code p of the arranged x
+//       Weights load(p)                     // a block of one row
+//       I32 add(I32, Weights, x)            // lane l collects columns [l * LANE, (l + 1) * LANE) of the block
+//   };
+//
+// Fast way, for groups of whole lanes: ROWS rows by X_ROWS rows of x over blocks of a row. Sums of a block start at
+// -(OFFSET + z) * (the sum of the lane's codes of x), known before, so that a lane ends at its exact centred dot
+// product. It is then scaled: the scale vector holds one group (groups of whole blocks), or several (SPLIT).
+// int8 with one scale per row skips that and keeps int32 sums to the end of the row.
+//
+// Otherwise a row is decoded to 16-bit centred codes once, and used for all rows of x.
+//
+// Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
+
+constexpr int INTEGER_TILE_ROWS = 32;
+constexpr int64_t INTEGER_BLOCK_M = 1024;
+
+LLMKERN_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A piece of scratch memory at a time, each aligned to 64 bytes.
+class Carver {
+  public:
+    explicit Carver(void* memory) : at_(static_cast<char*>(memory)) {}
+
+    template <class T>
+    T* take(int64_t count) {
+        T* piece = reinterpret_cast<T*>(at_);
+        at_ += bytes<T>(count);
+        return piece;
+    }
+
+    template <class T>
+    static int64_t bytes(int64_t count) {
+        return round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    }
+
+  private:
+    char* at_;
+};
+
+// Rows [m0, m0 + rows) of x, quantized: arrange(i, codes, scales) stores what row m0 + i became. Codes are followed by
+// zeros to a multiple of 128.
+template <class Arrange>
+void quantize_rows(const LinearArgs& a, int64_t x_group, int64_t m0, int64_t rows, int threads, Arrange arrange) {
+    const int64_t room = round_up(a.k, 128) + F32::WIDTH, groups = (a.k + x_group - 1) / x_group;
+    parallel_for(rows, rows < 4 ? 1 : threads, [&](int64_t begin, int64_t end) {
+        Carver carve(scratch(Scratch::TASK,
+                             Carver::bytes<float>(room) + Carver::bytes<int8_t>(room) + Carver::bytes<float>(groups)));
+        float* row = carve.take<float>(room);
+        int8_t* codes = carve.take<int8_t>(room);
+        float* scales = carve.take<float>(groups);
+        for (int64_t i = a.k; i < room; ++i) row[i] = 0, codes[i] = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            quantize_row(a, m0 + i, x_group, row, codes, scales);
+            arrange(i, codes, scales);
+        }
+    });
+}
+
+// ---- 16-bit codes: any level, any groups ----
+
+// dots[i] = w[0..count) times x row i, for ROWS rows `ld` apart.
+template <int ROWS>
+LLMKERN_INLINE void dot16(const int16_t* w, const int16_t* x, int64_t ld, int64_t count, int32_t* dots) {
+    int32_t sums[ROWS] = {};
+    for (int64_t k = 0; k < count; ++k)
+        for (int i = 0; i < ROWS; ++i) sums[i] += static_cast<int32_t>(w[k]) * x[i * ld + k];
+    for (int i = 0; i < ROWS; ++i) dots[i] = sums[i];
+}
+
+template <class Rows>
+void run_integer_any(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const Rows& weight, int threads) {
+    const int64_t groups = (a.k + g.group_size - 1) / g.group_size, x_groups = (a.k + x_group - 1) / x_group;
+    const int64_t ld = round_up(a.k, 32);
+    for (int64_t m0 = 0; m0 < a.m; m0 += INTEGER_BLOCK_M) {
+        const int64_t block = a.m - m0 < INTEGER_BLOCK_M ? a.m - m0 : INTEGER_BLOCK_M;
+        Carver carve(
+            scratch(Scratch::CALL, Carver::bytes<int16_t>(block * ld) + Carver::bytes<float>(block * x_groups)));
+        int16_t* x = carve.take<int16_t>(block * ld);
+        float* x_scales = carve.take<float>(block * x_groups);
+        quantize_rows(a, x_group, m0, block, threads, [&](int64_t i, const int8_t* codes, const float* scales) {
+            for (int64_t k = 0; k < a.k; ++k) x[i * ld + k] = codes[k];
+            for (int64_t j = 0; j < x_groups; ++j) x_scales[i * x_groups + j] = scales[j];
+        });
+        parallel_for(a.n, threads, [&](int64_t begin, int64_t end) {
+            Carver task(scratch(Scratch::TASK, Carver::bytes<int16_t>(ld) + Carver::bytes<float>(groups)));
+            int16_t* w = task.take<int16_t>(ld);
+            float* w_scales = task.take<float>(groups);
+            for (int64_t n = begin; n < end; ++n) {
+                convert_row(w_scales, g.scales, g.scales_dtype, n * groups, groups);
+                for (int64_t j = 0; j < groups; ++j) {
+                    const int64_t k1 = (j + 1) * g.group_size < a.k ? (j + 1) * g.group_size : a.k;
+                    const int16_t zero = g.zeros ? g.zeros[n * groups + j] : int16_t{0};
+                    for (int64_t k = j * g.group_size; k < k1; ++k)
+                        w[k] = static_cast<int16_t>(weight.code(weight.row(n), k) - zero);
+                }
+                const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n) : 0.0f;
+                for (int64_t m = 0; m < block; m += 4) {
+                    const int count = static_cast<int>(block - m < 4 ? block - m : 4);
+                    float sums[4] = {};
+                    for (int64_t j = 0; j < groups; ++j) {
+                        const int64_t k0 = j * g.group_size, left = a.k - k0;
+                        const int64_t columns = left < g.group_size ? left : g.group_size;
+                        int32_t dots[4];
+                        if (count == 4)
+                            dot16<4>(w + k0, x + m * ld + k0, ld, columns, dots);
+                        else
+                            for (int i = 0; i < count; ++i)
+                                dot16<1>(w + k0, x + (m + i) * ld + k0, ld, columns, dots + i);
+                        for (int i = 0; i < count; ++i)
+                            sums[i] +=
+                                static_cast<float>(dots[i]) * x_scales[(m + i) * x_groups + k0 / x_group] * w_scales[j];
+                    }
+                    for (int i = 0; i < count; ++i) store_one(a.y, a.x_dtype, (m0 + m + i) * a.n + n, sums[i] + bias);
+                }
+            }
+        });
+    }
+}

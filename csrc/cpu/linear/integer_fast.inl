@@ -1,0 +1,241 @@
+// The fast way of integer.inl: byte dot products over blocks of a row.
+// Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
+
+enum class Groups {
+    WHOLE,  // one per row: int32 sums to its end, exact
+    ONE,    // of whole blocks: a block has one scale
+    SPLIT,  // of whole lanes, several in a block
+};
+
+// x as int8 in the order of Dot::column, and what else a block needs; rows are *_ld apart.
+struct BlockX {
+    int8_t* codes;    // [blocks][COLUMNS]
+    int32_t* starts;  // [blocks][WIDTH] sums of each lane's codes; without zero points times -OFFSET; WHOLE: [1], raw
+    float* scales;    // [blocks], SPLIT: [blocks][WIDTH]; WHOLE: [1]
+    int64_t codes_ld, starts_ld, scales_ld;
+};
+
+// The rows of a tile of the weight.
+struct BlockW {
+    const uint8_t* bytes;
+    int64_t row_bytes;
+    float* scales;     // [groups], and WIDTH zeros
+    int32_t* offsets;  // [groups] -(OFFSET + zero point), and WIDTH zeros
+    int64_t scales_ld;
+    int64_t blocks_per_group;   // ONE
+    int64_t groups_per_block;   // SPLIT
+    int32_t lanes[F32::WIDTH];  // SPLIT: the group of each lane
+};
+
+constexpr int64_t div_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// Calls use(b, p, ld) for every block b of a row: row r's bytes are at p + r * ld, whole also for the last block.
+template <class Dot, int R, class Use>
+LLMKERN_INLINE void for_blocks(const uint8_t* bytes, int64_t row_bytes, Use use) {
+    const int64_t whole = row_bytes / Dot::BYTES, left = row_bytes % Dot::BYTES;
+    for (int64_t b = 0; b < whole; ++b) {
+        const uint8_t* p = bytes + b * Dot::BYTES;
+        for (int r = 0; r < R; ++r) prefetch(p + r * row_bytes + PREFETCH_AHEAD);
+        use(b, p, row_bytes);
+    }
+    if (left) {
+        uint8_t last[R][Dot::BYTES] = {};
+        for (int r = 0; r < R; ++r)
+            for (int64_t i = 0; i < left; ++i) last[r][i] = bytes[r * row_bytes + whole * Dot::BYTES + i];
+        use(whole, &last[0][0], int64_t{Dot::BYTES});
+    }
+}
+
+// out[r][m] = the scaled dot product of row r of w and row m of x.
+template <class Dot, Groups GROUPS, bool ZEROS, int R, int M>
+LLMKERN_INLINE void multiply_blocks(const BlockW& w, const BlockX& x, float (&out)[R][M]) {
+    constexpr int W = F32::WIDTH;
+    if constexpr (GROUPS == Groups::WHOLE) {
+        I32 sums[R][M];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) sums[r][m] = set1_i32(0);
+        for_blocks<Dot, R>(
+            w.bytes, w.row_bytes, [&](int64_t b, const uint8_t* p, int64_t ld) __attribute__((always_inline)) {
+                typename Dot::Weights codes[R];
+                for (int r = 0; r < R; ++r) codes[r] = Dot::load(p + r * ld);
+                for (int m = 0; m < M; ++m)
+                    for (int r = 0; r < R; ++r)
+                        sums[r][m] = Dot::add(sums[r][m], codes[r], x.codes + m * x.codes_ld + b * Dot::COLUMNS);
+            });
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) {
+                const int32_t dot = hsum(sums[r][m]) + w.offsets[r * w.scales_ld] * x.starts[m * x.starts_ld];
+                out[r][m] = static_cast<float>(dot) * x.scales[m * x.scales_ld] * w.scales[r * w.scales_ld];
+            }
+    } else {
+        F32 sums[R][M];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) sums[r][m] = zero();
+        int64_t group = 0, left = w.blocks_per_group;
+        for_blocks<Dot, R>(
+            w.bytes, w.row_bytes, [&](int64_t b, const uint8_t* p, int64_t ld) __attribute__((always_inline)) {
+                typename Dot::Weights codes[R];
+                F32 scale[R];
+                I32 offset[R];
+                if (GROUPS == Groups::SPLIT) {
+                    group = b * w.groups_per_block;
+                } else if (left-- == 0) {
+                    ++group;
+                    left = w.blocks_per_group - 1;
+                }
+                for (int r = 0; r < R; ++r) {
+                    codes[r] = Dot::load(p + r * ld);
+                    const float* s = w.scales + r * w.scales_ld + group;
+                    const int32_t* o = w.offsets + r * w.scales_ld + group;
+                    scale[r] = GROUPS == Groups::SPLIT ? permute(load(s), w.lanes) : set1(*s);
+                    if (ZEROS) offset[r] = GROUPS == Groups::SPLIT ? permute(load_i32(o), w.lanes) : set1_i32(*o);
+                }
+                for (int m = 0; m < M; ++m) {
+                    const I32 start = load_i32(x.starts + m * x.starts_ld + b * W);
+                    const float* s = x.scales + m * x.scales_ld;
+                    const F32 x_scale = GROUPS == Groups::SPLIT ? load(s + b * W) : set1(s[b]);
+                    for (int r = 0; r < R; ++r) {
+                        const I32 dot = Dot::add(ZEROS ? start * offset[r] : start, codes[r],
+                                                 x.codes + m * x.codes_ld + b * Dot::COLUMNS);
+                        sums[r][m] = fma(to_float(dot), scale[r] * x_scale, sums[r][m]);
+                    }
+                }
+            });
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) out[r][m] = hsum(sums[r][m]);
+    }
+}
+
+template <class Dot, Groups GROUPS, bool ZEROS, int R, int M>
+void integer_step(const LinearArgs& a, BlockW w, BlockX x, int r, int64_t n, int64_t i, int64_t m) {
+    w.bytes += r * w.row_bytes;
+    w.scales += r * w.scales_ld;
+    w.offsets += r * w.scales_ld;
+    x.codes += i * x.codes_ld;
+    x.starts += i * x.starts_ld;
+    x.scales += i * x.scales_ld;
+    float out[R][M];
+    multiply_blocks<Dot, GROUPS, ZEROS>(w, x, out);
+    for (int q = 0; q < R; ++q) {
+        const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n + q) : 0.0f;
+        for (int j = 0; j < M; ++j) store_one(a.y, a.x_dtype, (m + j) * a.n + n + q, out[q][j] + bias);
+    }
+}
+
+// M rows of x against `rows` rows of w from n.
+template <class Dot, Groups GROUPS, bool ZEROS, int M>
+void integer_rows(const LinearArgs& a, const BlockW& w, const BlockX& x, int rows, int64_t n, int64_t i, int64_t m) {
+    int r = 0;
+    for (; r + Dot::ROWS <= rows; r += Dot::ROWS)
+        integer_step<Dot, GROUPS, ZEROS, Dot::ROWS, M>(a, w, x, r, n + r, i, m);
+    for (; r < rows; ++r) integer_step<Dot, GROUPS, ZEROS, 1, M>(a, w, x, r, n + r, i, m);
+}
+
+// One row of quantized x as the blocks want it.
+template <class Dot, Groups GROUPS>
+void arrange_row(const BlockX& x, int64_t i, const int8_t* codes, const float* scales, int64_t blocks, int64_t x_group,
+                 int64_t x_groups, bool zeros) {
+    constexpr int W = F32::WIDTH, LANE = Dot::COLUMNS / W;
+    int8_t* to = x.codes + i * x.codes_ld;
+    int32_t* starts = x.starts + i * x.starts_ld;
+    float* to_scales = x.scales + i * x.scales_ld;
+    int32_t total = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int8_t* from = codes + b * Dot::COLUMNS;
+        for (int p = 0; p < Dot::COLUMNS; ++p) to[b * Dot::COLUMNS + p] = from[Dot::column(p)];
+        for (int lane = 0; lane < W; ++lane) {
+            int32_t sum = 0;
+            for (int j = 0; j < LANE; ++j) sum += from[lane * LANE + j];
+            total += sum;
+            if (GROUPS != Groups::WHOLE) starts[b * W + lane] = zeros ? sum : -Dot::OFFSET * sum;
+            if (GROUPS == Groups::SPLIT) {
+                const int64_t group = (b * Dot::COLUMNS + lane * LANE) / x_group;
+                to_scales[b * W + lane] = group < x_groups ? scales[group] : 0;
+            }
+        }
+        if (GROUPS == Groups::ONE) to_scales[b] = scales[b * Dot::COLUMNS / x_group];
+    }
+    if (GROUPS == Groups::WHOLE) {
+        starts[0] = total;
+        to_scales[0] = scales[0];
+    }
+}
+
+template <Groups GROUPS, bool ZEROS, class Rows>
+void run_blocks(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const Rows& weight, int threads) {
+    using Dot = typename Rows::Dot;
+    constexpr int W = F32::WIDTH;
+    const int64_t blocks = div_up(a.k, Dot::COLUMNS), groups = div_up(a.k, g.group_size);
+    const int64_t x_groups = div_up(a.k, x_group);
+    for (int64_t m0 = 0; m0 < a.m; m0 += INTEGER_BLOCK_M) {
+        const int64_t rows = a.m - m0 < INTEGER_BLOCK_M ? a.m - m0 : INTEGER_BLOCK_M;
+        BlockX x;
+        x.codes_ld = blocks * Dot::COLUMNS;
+        x.starts_ld = GROUPS == Groups::WHOLE ? 1 : blocks * W;
+        x.scales_ld = GROUPS == Groups::WHOLE ? 1 : GROUPS == Groups::ONE ? blocks : blocks * W;
+        Carver carve(scratch(Scratch::CALL, Carver::bytes<int8_t>(rows * x.codes_ld) +
+                                                Carver::bytes<int32_t>(rows * x.starts_ld) +
+                                                Carver::bytes<float>(rows * x.scales_ld)));
+        x.codes = carve.take<int8_t>(rows * x.codes_ld);
+        x.starts = carve.take<int32_t>(rows * x.starts_ld);
+        x.scales = carve.take<float>(rows * x.scales_ld);
+        quantize_rows(a, x_group, m0, rows, threads, [&](int64_t i, const int8_t* codes, const float* scales) {
+            arrange_row<Dot, GROUPS>(x, i, codes, scales, blocks, x_group, x_groups, ZEROS);
+        });
+
+        parallel_for(div_up(a.n, INTEGER_TILE_ROWS), threads, [&](int64_t begin, int64_t end) {
+            BlockW w;
+            w.row_bytes = weight.row_bytes();
+            w.scales_ld = groups + W;
+            w.blocks_per_group = groups > 1 ? g.group_size / Dot::COLUMNS : INT64_MAX;
+            w.groups_per_block = GROUPS == Groups::SPLIT ? Dot::COLUMNS / g.group_size : 0;
+            for (int lane = 0; lane < W; ++lane)
+                w.lanes[lane] = static_cast<int32_t>(lane * (Dot::COLUMNS / W) / g.group_size);
+            const int64_t room = INTEGER_TILE_ROWS * w.scales_ld;
+            Carver task(scratch(Scratch::TASK, Carver::bytes<float>(room) + Carver::bytes<int32_t>(room)));
+            w.scales = task.take<float>(room);
+            w.offsets = task.take<int32_t>(room);
+            for (int64_t n = begin * INTEGER_TILE_ROWS; n < end * INTEGER_TILE_ROWS && n < a.n;
+                 n += INTEGER_TILE_ROWS) {
+                const int count = static_cast<int>(a.n - n < INTEGER_TILE_ROWS ? a.n - n : INTEGER_TILE_ROWS);
+                w.bytes = weight.row(n);
+                for (int r = 0; r < count; ++r) {
+                    float* scales = w.scales + r * w.scales_ld;
+                    int32_t* offsets = w.offsets + r * w.scales_ld;
+                    convert_row(scales, g.scales, g.scales_dtype, (n + r) * groups, groups);
+                    for (int64_t j = 0; j < groups; ++j)
+                        offsets[j] = -Dot::OFFSET - (g.zeros ? g.zeros[(n + r) * groups + j] : 0);
+                    for (int64_t j = groups; j < w.scales_ld; ++j) scales[j] = 0, offsets[j] = 0;
+                }
+                int64_t i = 0;
+                for (; i + Dot::X_ROWS <= rows; i += Dot::X_ROWS)
+                    integer_rows<Dot, GROUPS, ZEROS, Dot::X_ROWS>(a, w, x, count, n, i, m0 + i);
+                for (; i + 2 <= rows; i += 2) integer_rows<Dot, GROUPS, ZEROS, 2>(a, w, x, count, n, i, m0 + i);
+                for (; i < rows; ++i) integer_rows<Dot, GROUPS, ZEROS, 1>(a, w, x, count, n, i, m0 + i);
+            }
+        });
+    }
+}
+
+// False if the groups are not of whole lanes.
+template <class Rows>
+bool run_integer_fast(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const Rows& weight, int threads) {
+    using Dot = typename Rows::Dot;
+    constexpr int LANE = Dot::COLUMNS / F32::WIDTH;
+    if (g.group_size >= a.k) {
+        run_blocks<Groups::WHOLE, false>(a, g, x_group, weight, threads);
+    } else if (g.group_size % Dot::COLUMNS == 0) {
+        if (g.zeros)
+            run_blocks<Groups::ONE, true>(a, g, x_group, weight, threads);
+        else
+            run_blocks<Groups::ONE, false>(a, g, x_group, weight, threads);
+    } else if (Dot::COLUMNS % g.group_size == 0 && g.group_size % LANE == 0) {
+        if (g.zeros)
+            run_blocks<Groups::SPLIT, true>(a, g, x_group, weight, threads);
+        else
+            run_blocks<Groups::SPLIT, false>(a, g, x_group, weight, threads);
+    } else {
+        return false;
+    }
+    return true;
+}

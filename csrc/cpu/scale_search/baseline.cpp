@@ -1,0 +1,3 @@
+#include "cpu/simd/baseline.h"
+
+#include "cpu/scale_search/kernel.inl"

@@ -1,0 +1,54 @@
+// The rows of a 2:4 weight, for the linear driver. Included inside namespace llmkern::LLMKERN_NS.
+
+template <Kept KEPT, Order ORDER>
+struct TwoOfFourSource {
+    static constexpr int VECTORS = EXPAND_VECTORS;
+    static constexpr int column(int p) { return expanded_column<KEPT, ORDER>(p); }
+    static constexpr int64_t VALUE_BYTES = kept_bytes(KEPT, EXPAND_CHUNK / 2);
+    static constexpr int64_t POSITION_BYTES = EXPAND_CHUNK / 8;
+
+    struct Cursor {
+        const uint8_t* values;
+        const uint8_t* positions;
+        ScaleCursor<ORDER> scales;
+    };
+
+    const uint8_t* values;
+    int64_t row_bytes;         // of values
+    const uint8_t* positions;  // [n, ceil(k / 8)]
+    int64_t k;
+    KeptScales scales;
+
+    int64_t group_chunks() const { return scale_group_chunks<ORDER>(scales); }
+    int64_t buffer_floats() const { return scale_buffer_floats<ORDER>(scales); }
+
+    LLMKERN_INLINE_MEMBER void start(Cursor& at, int64_t row, float* buffer) const {
+        at.values = values + row * row_bytes;
+        at.positions = positions + row * ((k + 7) / 8);
+        start_scales(scales, at.scales, row, buffer);
+    }
+
+    LLMKERN_INLINE_MEMBER void group(Cursor& at) const { next_group(scales, at.scales); }
+
+    LLMKERN_INLINE_MEMBER void next(Cursor& at, F32 (&w)[VECTORS]) const {
+        for (int64_t i = 0; i < VALUE_BYTES; i += 64) prefetch(at.values + PREFETCH_AHEAD + i);
+        prefetch(at.positions + PREFETCH_AHEAD / (VALUE_BYTES / POSITION_BYTES));
+        decode(at, at.values, at.positions, w);
+        at.values += VALUE_BYTES;
+        at.positions += POSITION_BYTES;
+    }
+
+    LLMKERN_INLINE_MEMBER void last(Cursor& at, F32 (&w)[VECTORS], int columns) const {
+        // Quads past the row have zeros for positions and values: whatever they give meets zeros of x.
+        const int quads = (columns + 3) / 4;
+        uint8_t part[VALUE_BYTES] = {}, places[POSITION_BYTES] = {};
+        for (int i = 0; i < kept_bytes(KEPT, 2 * quads); ++i) part[i] = at.values[i];
+        for (int i = 0; i < (quads + 1) / 2; ++i) places[i] = at.positions[i];
+        decode(at, part, places, w);
+    }
+
+    LLMKERN_INLINE_MEMBER void decode(Cursor& at, const uint8_t* kept, const uint8_t* places, F32 (&w)[VECTORS]) const {
+        expand<KEPT, ORDER, Count::TWO_OF_FOUR>(w, bits_of_positions(places), kept, at.scales.scale);
+        if constexpr (ORDER == Order::NATURAL) scale_columns(at.scales, w);
+    }
+};

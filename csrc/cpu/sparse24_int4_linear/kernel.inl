@@ -1,0 +1,30 @@
+// 2:4 int4 weights, activations kept: the shared driver over rows of kept codes and positions.
+#include "cpu/linear/driver.h"
+#include "cpu/sparse24_int4_linear/sparse24_int4_linear.h"
+
+namespace llmkern::LLMKERN_NS {
+namespace {
+
+#include "cpu/sparse/scales.inl"
+
+#include "cpu/sparse/two_of_four.inl"
+
+template <Order ORDER>
+void run(const Sparse24Int4LinearArgs& args) {
+    const int64_t k = args.linear.k;
+    const TwoOfFourSource<Kept::I4, ORDER> source{reinterpret_cast<const uint8_t*>(args.words),
+                                                  ((k + 3) / 4 * 2 + 7) / 8 * 4, args.positions, k,
+                                                  kept_scales(args.scales, args.scales_dtype, args.group_size, k)};
+    run_linear(args.linear, source);
+}
+
+}  // namespace
+
+void sparse24_int4_linear(const Sparse24Int4LinearArgs& args) {
+    if (args.group_size % EXPAND_CHUNK == 0 || args.group_size >= args.linear.k)
+        run<Order::FAST>(args);
+    else
+        run<Order::NATURAL>(args);
+}
+
+}  // namespace llmkern::LLMKERN_NS

@@ -1,0 +1,3 @@
+#include "cpu/simd/baseline.h"
+
+#include "cpu/sparsegpt_block/kernel.inl"

@@ -1,0 +1,16 @@
+"""The native module: per op a submodule, in it one function per CPU level that was built (csrc/cpu/module.cpp)."""
+
+from types import ModuleType
+
+int8_linear: ModuleType
+int8_dynamic_linear: ModuleType
+int4_linear: ModuleType
+sparse24_linear: ModuleType
+sparse24_int4_linear: ModuleType
+bitmask_linear: ModuleType
+gptq_block: ModuleType
+sparsegpt_block: ModuleType
+scale_search: ModuleType
+
+def levels() -> list[tuple[str, bool, str]]:
+    """(name, available here, compile flags) of every CPU level, lowest first."""

@@ -1,0 +1,57 @@
+"""llmkern: prune, quantize and distil transformer models, and run the result on native kernels."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from llmkern import formats, ops
+from llmkern._registry import force, kernels, refuse_unknown_disabled
+from llmkern._version import __version__
+from llmkern._why import why
+
+if TYPE_CHECKING:
+    from llmkern import solvers
+    from llmkern.checkpoint import load, save
+    from llmkern.patching import patch, unpatch
+    from llmkern.pipeline import compress
+    from llmkern.recipe import Recipe
+    from llmkern.report import Report
+
+__all__ = [
+    "Recipe",
+    "Report",
+    "__version__",
+    "compress",
+    "force",
+    "formats",
+    "kernels",
+    "load",
+    "ops",
+    "patch",
+    "save",
+    "solvers",
+    "unpatch",
+    "why",
+]
+
+refuse_unknown_disabled()
+
+# Loaded at first use, so that `import llmkern` costs little more than `import torch`.
+_LAZY = {
+    "Recipe": "recipe",
+    "Report": "report",
+    "compress": "pipeline",
+    "load": "checkpoint",
+    "patch": "patching",
+    "save": "checkpoint",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "solvers":
+        return importlib.import_module("llmkern.solvers")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'llmkern' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llmkern.{_LAZY[name]}"), name)

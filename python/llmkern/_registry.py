@@ -1,0 +1,184 @@
+"""Ops and their kernels: one ordered table per op, and the first row that can run, runs.
+
+Every refusal is a sentence: `why()` lists them, and when no row can run that list is the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from llmkern import _features
+
+LIBRARY = torch.library.Library("llmkern", "DEF")
+OPS: dict[str, Op] = {}
+_forced: ContextVar[str | None] = ContextVar("llmkern_forced", default=None)
+
+
+class Row(NamedTuple):
+    """One line of `llmkern.kernels()`."""
+
+    op: str
+    kernel: str
+    device: str
+    runnable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to run an op. `rejects(*args)` returns a sentence when these arguments are not for it."""
+
+    name: str
+    device: str  # "cpu", "cuda" or "any"
+    run: Callable[..., Any]
+    reason: str = ""  # why it cannot run on this machine or build at all; empty if it can
+    rejects: Callable[..., str | None] | None = None
+
+    def refusal(self, device: str, args: tuple) -> str | None:
+        """Why this kernel cannot run on these arguments, or None."""
+        if self.reason:
+            return self.reason
+        if self.device not in ("any", device):
+            return f"needs a {self.device} tensor, got {device}"
+        return self.rejects(*args) if self.rejects else None
+
+
+@dataclass
+class Op:
+    """A torch op `llmkern::<name>` with its check, fake, and table of kernels.
+
+    `check(*args)` raises ValueError or TypeError and returns what `fake(checked, *args)` needs to give the result's
+    shape and dtype (N for a linear op). Fake and real op share the check, so the two cannot disagree on what is
+    legal. `setup_context` and `backward` are those of `torch.library.register_autograd`.
+    """
+
+    schema: str
+    check: Callable[..., Any]
+    fake: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., None] | None = None
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = self.schema.split("(", 1)[0]
+        LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"llmkern::{self.name}", self._fake, lib=LIBRARY)
+        if self.backward is not None:
+            torch.library.register_autograd(
+                f"llmkern::{self.name}", self.backward, setup_context=self.setup_context, lib=LIBRARY
+            )
+        self.op = getattr(torch.ops.llmkern, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args)
+
+    def kernel(self, name: str, device: str, *, level: str | None = None, **fields: Any) -> Callable:
+        """Decorator: append a row to the table. Rows are tried in the order they were added."""
+
+        def add(run: Callable[..., Any]) -> Callable[..., Any]:
+            reason = fields.pop("reason", "")
+            if level in _features.disabled() or name in _features.disabled():
+                reason = f"{name} is disabled by LLMKERN_DISABLE"
+            self.kernels.append(Kernel(name, device, run, reason, **fields))
+            return run
+
+        return add
+
+    def native(self, call: Callable[..., Any]) -> None:
+        """Add one row per CPU level that has a native kernel of this op, best level first.
+
+        `call(function, *args)` turns tensors into pointers and calls the native `function`.
+        """
+        if _features.native is None:
+            self.kernel("cpu.native", "cpu", reason=_features.native_error)(call)
+            return
+        built = getattr(_features.native, self.name)
+        for row in reversed(_features.levels()):
+            if function := getattr(built, row.name, None):
+                bound = _bind(call, function)
+                self.kernel(f"cpu.{row.name}", "cpu", level=row.name, reason=row.reason)(bound)
+
+    def pick(self, *args: Any) -> Kernel:
+        """The kernel that runs on these arguments."""
+        device = args[0].device.type
+        forced = _forced.get()
+        for kernel in self.kernels:
+            if forced is not None and kernel.name != forced:
+                continue
+            if kernel.refusal(device, args) is None:
+                return kernel
+        raise NotImplementedError(self._no_kernel(forced, *args))
+
+    def why(self, *args: Any) -> str:
+        """One line per row: what would run on these arguments, and why each other would not."""
+        device = args[0].device.type
+        lines, taken = [], False
+        for kernel in self.kernels:
+            refusal = kernel.refusal(device, args)
+            if refusal is None:
+                refusal = "can run, but comes after the one that runs" if taken else "runs"
+                taken = True
+            lines.append(f"{self.name}: {kernel.name}: {refusal}")
+        return "\n".join(lines)
+
+    def _no_kernel(self, forced: str | None, *args: Any) -> str:
+        if forced is not None and all(kernel.name != forced for kernel in self.kernels):
+            return f"{self.name}: force({forced!r}), but this op has no such kernel:\n{self.why(*args)}"
+        head = f"force({forced!r}), but it cannot run here" if forced else "no kernel can run"
+        return f"{self.name}: {head}:\n{self.why(*args)}"
+
+    def _run(self, *args: Any) -> Any:
+        self.check(*args)
+        return self.pick(*args).run(*args)
+
+    def _fake(self, *args: Any) -> Any:
+        return self.fake(self.check(*args), *args)
+
+
+def _bind(call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return call(function, *args)
+
+    return run
+
+
+def kernels(op: str | None = None) -> list[Row]:
+    """Every row of every op's table (or of `op`'s): op, kernel, device, runnable here, and the reason if not."""
+    if op is not None and op not in OPS:
+        raise ValueError(f"kernels: unknown op {op!r}; known: {', '.join(sorted(OPS))}")
+    return [
+        Row(name, kernel.name, kernel.device, not kernel.reason, kernel.reason)
+        for name in ([op] if op else OPS)
+        for kernel in OPS[name].kernels
+    ]
+
+
+@contextmanager
+def force(name: str) -> Iterator[None]:
+    """Run every op inside on the kernel called `name` (e.g. `"cpu.avx2"`), or raise.
+
+    Raises ValueError for a name that no op has, NotImplementedError at the call when it cannot run there.
+    """
+    known = {kernel.name for op in OPS.values() for kernel in op.kernels}
+    if name not in known:
+        raise ValueError(f"force: unknown kernel {name!r}; known: {', '.join(sorted(known))}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def refuse_unknown_disabled() -> None:
+    """Raise ValueError when LLMKERN_DISABLE names something that does not exist."""
+    known = {kernel.name for op in OPS.values() for kernel in op.kernels} | {row.name for row in _features.levels()}
+    for name in _features.disabled() - known:
+        raise ValueError(f"LLMKERN_DISABLE: unknown name {name!r}; known: {', '.join(sorted(known))}")

@@ -1,0 +1,446 @@
+"""save and load: a model with packed layers as a folder that stock readers understand, and back bit for bit.
+
+    config.json           the model's, with the quantization_config of the format (none if no layer has codes)
+    model.safetensors     every tensor, packed layers in the format's layout
+    llmkern.json          which layer is which packed class: what `load` needs and no standard file says
+    llmkern.safetensors   masks that the standard layout does not tell (absent when there are none)
+    generation_config.json, tokenizer files, report.json, report.html   where there are any
+
+A folder is written beside its place under a temporary name, flushed, and renamed: it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern._version import __version__
+from llmkern.formats import PackedWeight, gptq_checkpoint
+from llmkern.formats import compressed_tensors as ct
+from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
+from llmkern.patching import swap
+from llmkern.report import Report
+
+FORMATS = ("compressed-tensors", "gptq", "dense")
+FORMAT_VERSION = 1
+META, WEIGHTS, EXTRA = "llmkern.json", "model.safetensors", "llmkern.safetensors"
+MARK = ".llmkern-"  # in the names of temporary siblings
+
+
+def save(
+    model: nn.Module, path: str | Path, format: str = "compressed-tensors", *,
+    tokenizer: Any = None, report: Report | None = None,
+) -> Path:  # fmt: skip
+    """Write a transformers model to the folder `path`, which appears complete or not at all.
+
+    format: "compressed-tensors"; "gptq" (v1, symmetric int4/int8 with float16 scales); "dense" (weights unpacked to the
+    model's dtype). A folder at `path` is replaced if llmkern wrote it (it holds llmkern.json) or it is empty, refused
+    otherwise. Raises FileExistsError for that, TypeError for a model without a transformers config, ValueError for
+    what the format cannot hold.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"save: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_json_file"):
+        raise TypeError(f"save: {type(model).__name__} has no transformers config; only transformers models are saved")
+    path = Path(path)
+    refuse_foreign(path)
+    tensors, extra, layers, quantization = _encode_layers(model, format)
+    rest, tied = _other_tensors(model)
+    tensors |= rest
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "llmkern": __version__,
+        "format": format,
+        "model_class": type(model).__name__,
+        "recipe": report.details if report else None,
+        "tied": tied,
+        "layers": layers,
+    }
+    with _whole_folder(path) as folder:
+        _write_config(model, folder, quantization)
+        _write_tensors(folder / WEIGHTS, tensors)
+        if extra:
+            _write_tensors(folder / EXTRA, extra)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
+            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if report is not None:
+            report.to_json(folder / "report.json")
+            report.to_html(folder / "report.html")
+        (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
+    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit.
+
+    Packed weights go straight from the file into their layers; nothing is unpickled and no code of the folder runs.
+    Raises FileNotFoundError without a folder or llmkern.json, ValueError for anything missing, unknown, of another
+    shape, or out of range.
+    """
+    folder = Path(path)
+    device = torch.device("cpu" if device is None else device)
+    meta = _read_meta(folder)
+    model = _skeleton(folder, meta["model_class"])
+    tensors = _read_tensors(folder / WEIGHTS, device)
+    extra = _read_tensors(folder / EXTRA, device) if (folder / EXTRA).exists() else {}
+    decode = gptq_checkpoint.decode if meta["format"] == "gptq" else ct.decode
+    for name, entry in meta["layers"].items():
+        _restore_layer(model, name, entry, tensors, extra, decode)
+    if extra:
+        raise ValueError(f"load: {EXTRA} holds unknown tensors: {_some(extra)}")
+    _restore_rest(model, tensors, meta["tied"])
+    return model.to(device).eval()
+
+
+def refuse_foreign(path: Path) -> None:
+    """FileExistsError unless `path` is free, an empty folder, or a folder that llmkern wrote."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"save: {path} exists and is not a folder")
+    if any(path.iterdir()) and not (path / META).is_file():
+        raise FileExistsError(f"save: {path} exists and was not written by llmkern (no {META}); choose another folder")
+
+
+def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, dict | None]:
+    """Tensors, extra tensors, the entries of llmkern.json, and the quantization_config, if any."""
+    tensors: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    schemes: list[tuple[str, dict[str, Any], str | None]] = []
+    unread: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, PackedLinear):
+            continue
+        packed = layer.packed
+        if format == "dense":
+            dense = packed.unpack(_model_dtype(model))
+            tensors[f"{name}.weight"] = dense.T.contiguous() if layer.conv1d else dense
+            continue
+        try:
+            if format == "gptq":
+                stored = gptq_checkpoint.encode(packed)
+            else:
+                stored = ct.encode(packed, activations=layer.activations)
+        except ValueError as error:
+            raise ValueError(f"save: layer {name}: {error}") from None
+        if stored.scheme is not None:
+            schemes.append((name, stored.scheme, layer.activations))
+            if layer.conv1d:
+                unread[name] = "it is a Conv1D"
+            elif packed.shape[1] % packed.group_size:
+                unread[name] = f"K={packed.shape[1]} is not a multiple of group_size {packed.group_size}"
+        elif layer.conv1d:
+            stored = stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+        extra |= {f"{name}.{key}": tensor for key, tensor in stored.extra.items()}
+        layers[name] = {
+            "class": layer.format,
+            "shape": list(packed.shape),
+            "group_size": packed.group_size,
+            "activations": layer.activations,
+            "conv1d": layer.conv1d,
+            "method": layer.method,
+        }
+    if unread:
+        name, reason = next(iter(unread.items()))
+        warnings.warn(
+            f"save: llmkern.load reads this folder, other readers cannot: {len(unread)} layers, as {name}: {reason}",
+            stacklevel=3,
+        )
+    if not schemes:
+        return tensors, extra, layers, None
+    if format == "gptq":
+        return tensors, extra, layers, gptq_checkpoint.quantization_config([scheme for _, scheme, _ in schemes])
+    coded = {name for name, _, _ in schemes}
+    conv1d = any(layers[name]["conv1d"] for name in coded)
+    ignore = [
+        name
+        for name, module in model.named_modules()
+        if (is_linear(module) or isinstance(module, PackedLinear)) and name not in coded
+    ]
+    return tensors, extra, layers, ct.quantization_config(_group(schemes), ignore, standard=not conv1d)
+
+
+def _group(schemes: list[tuple[str, dict[str, Any], str | None]]) -> list[tuple[dict[str, Any], str | None, list[str]]]:
+    groups: dict[str, tuple[dict[str, Any], str | None, list[str]]] = {}
+    for name, scheme, activations in schemes:
+        key = json.dumps([scheme, activations])
+        groups.setdefault(key, (scheme, activations, []))[2].append(name)
+    return list(groups.values())
+
+
+def _other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor that is no packed weight, and which names are only other names of a parameter (name -> first)."""
+    packed = _packed_names(model)
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            tied[name] = known
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in packed and name not in tied}, tied
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """The names of all tensors of packed weights."""
+    return {
+        f"{name}.{buffer}"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, PackedLinear)
+        for buffer in layer._buffers
+    }
+
+
+def _write_config(model: nn.Module, folder: Path, quantization: dict[str, Any] | None) -> None:
+    config = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr, operator]
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(_model_dtype(model)).removeprefix("torch.")
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _model_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first float parameter: that of the embeddings."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # The file format refuses tensors that share memory.
+        own[name] = tensor.clone() if tensor.data_ptr() in seen and tensor.numel() else tensor
+        seen.add(tensor.data_ptr())
+    save_file(own, path, metadata={"format": "pt", "llmkern": __version__})
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to; becomes `path` at the end, or disappears if something goes wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}{MARK}{os.getpid()}-", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        for file in folder.iterdir():
+            _flush(file)
+        _flush(folder)
+        if path.exists():
+            old = folder.with_name(folder.name + "-old")
+            path.rename(old)
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed runs left beside `path`; what a living process writes stays."""
+    for left in path.parent.glob(f".{path.name}{MARK}*"):
+        pid = left.name.rsplit(MARK, 1)[1].split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    """To the disk, not only to the system's memory: a rename must not outlive what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    if not (folder / META).is_file():
+        raise FileNotFoundError(f"load: {folder} holds no {META}: not a folder that llmkern.save wrote")
+    meta = _read_json(folder / META)
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"load: {META} has format_version {version!r}; this llmkern {__version__} reads {FORMAT_VERSION}"
+        )
+    if meta.get("format") not in FORMATS:
+        raise ValueError(f"load: {META} has format {meta.get('format')!r}; known: {', '.join(FORMATS)}")
+    for key, kind in (("model_class", str), ("layers", dict), ("tied", dict)):
+        if not isinstance(meta.get(key), kind):
+            raise ValueError(f"load: {META} needs {key} as a {kind.__name__}, got {meta.get(key)!r}")
+    return meta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load: {path.name} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"load: {path.name} must hold an object, got {type(data).__name__}")
+    return data
+
+
+def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load: {path.name} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _skeleton(folder: Path, class_name: str) -> Any:
+    """The model without weights: its parameters on the meta device, its other buffers computed as the model does."""
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("load: transformers is not installed; pip install 'llmkern[hf]'") from None
+
+    kind = getattr(transformers, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"load: {META} names the model class {class_name!r}, which transformers does not have")
+    _read_json(folder / "config.json")
+    config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with _parameters_on_meta():
+        model = kind._from_config(config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside hold meta parameters: no memory, no random initialisation; buffers are real.
+
+    `torch.device("meta")` would also swallow the buffers that no file holds (rotary frequencies).
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _restore_layer(
+    model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor], extra: dict[str, Tensor],
+    decode: Callable[..., PackedWeight],
+) -> None:  # fmt: skip
+    """Put the packed layer `name` in its place; its tensors are taken out of `tensors` and `extra`."""
+    kind, shape, group_size, activations = _entry(name, entry)
+    try:
+        dense = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"load: {META} names the layer {name}, which the model does not have") from None
+    if not is_linear(dense):
+        raise ValueError(f"load: layer {name} is a {type(dense).__name__}, wanted a linear layer")
+    wanted = tuple(dense_weight(dense).shape)
+    if shape != wanted:
+        raise ValueError(f"load: layer {name} is {list(shape)} in {META}, but {list(wanted)} in the model")
+    own = _take(tensors, name)
+    bias = own.pop("bias", None)
+    if "weight" in own and "weight_scale" not in own and is_conv1d(dense):
+        own["weight"] = own["weight"].T.contiguous()
+    if (bias is None) != (dense.bias is None):
+        raise ValueError(
+            f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
+        )
+    try:
+        packed = decode(kind, own, _take(extra, name), shape=shape, group_size=group_size)
+        parameter = None if bias is None else nn.Parameter(bias)
+        layer = PackedLinear(
+            packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", ""))
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"load: layer {name}: {error}") from None
+    swap(model, name, layer)
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, str | None]:
+    """One layer's entry of llmkern.json; ValueError unless it has the types it must have."""
+    fields = entry if isinstance(entry, dict) else {}
+    shape, group_size, activations = fields.get("shape"), fields.get("group_size"), fields.get("activations")
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(size) is int and size > 0 for size in shape)
+        or type(group_size) is not int
+        or activations not in (None, "int8")
+    ):
+        raise ValueError(f"load: {META} has a bad entry for layer {name}: {json.dumps(entry)[:200]}")
+    return str(fields.get("class")), (shape[0], shape[1]), group_size, activations
+
+
+def _take(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one layer by suffix, removed from `tensors`."""
+    found = [key for key in tensors if key.rpartition(".")[0] == name]
+    return {key.rpartition(".")[2]: tensors.pop(key) for key in found}
+
+
+def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> None:
+    """Everything that is no packed layer; ValueError for a tensor too many or too few, or of another shape."""
+    packed = _packed_names(model)
+    packed |= {name.rpartition(".")[0] + ".bias" for name in packed}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in packed and name not in tied}
+    if missing := wanted.keys() - tensors.keys():
+        raise ValueError(f"load: {WEIGHTS} lacks {len(missing)} tensors: {_some(missing)}")
+    if unknown := tensors.keys() - wanted.keys():
+        raise ValueError(f"load: {WEIGHTS} holds {len(unknown)} unknown tensors: {_some(unknown)}")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"load: {name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for name, source in tied.items():
+        owner, _, key = name.rpartition(".")
+        if source not in tensors:
+            raise ValueError(f"load: {META} ties {name} to {source}, which {WEIGHTS} does not hold")
+        model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ValueError(f"load: no values for {_some(empty)}")
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")

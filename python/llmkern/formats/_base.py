@@ -1,0 +1,160 @@
+"""What every packed weight has; the helpers that pack and validate share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmkern.ops._linear import FLOATS, expand_groups, groups
+
+W = TypeVar("W", bound="PackedWeight")
+
+
+class PackedWeight:
+    """A weight [N, K] in one of the packed formats: a frozen dataclass of tensors, `shape`, and `group_size`.
+
+    The tensors are in the canonical layout, contiguous, on one device. `group_size` counts dense columns of K; it is K
+    for one group per row. The last group may be short.
+    """
+
+    ops: ClassVar[tuple[str, ...]] = ()  # the linear ops that take this weight, the one of `ops.linear` first
+    shape: tuple[int, int]
+    group_size: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, canonical layout; absent optional tensors are left out."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self.tensors().values())).device
+
+    def to(self: W, device: torch.device | str) -> W:
+        """The same weight on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})  # type: ignore[type-var]
+
+    def op_args(self, bias: Tensor | None) -> tuple[Any, ...]:
+        """The arguments of this weight's op after x."""
+        raise NotImplementedError
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K]."""
+        raise NotImplementedError
+
+    def _validate(self) -> None:
+        """Raise ValueError unless every tensor's shape, dtype, and values are legal. Reads every value once."""
+        raise NotImplementedError
+
+
+def take(
+    name: str, tensors: Mapping[str, Tensor], required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, Tensor | None]:
+    """The named tensors, contiguous; ValueError for a missing or an unknown one, or for mixed devices."""
+    for key in required:
+        if key not in tensors:
+            raise ValueError(f"{name}: missing tensor {key!r}; got {', '.join(sorted(tensors)) or 'none'}")
+    for key in tensors:
+        if key not in required + optional:
+            raise ValueError(f"{name}: unknown tensor {key!r}; known: {', '.join(required + optional)}")
+    devices = {str(tensor.device) for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: tensors are on different devices: {', '.join(sorted(devices))}")
+    found = {key: tensors.get(key) for key in required + optional}
+    return {key: None if tensor is None else tensor.contiguous() for key, tensor in found.items()}
+
+
+def check_tensor(
+    name: str, label: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
+    """ValueError unless the tensor has one of the dtypes and exactly this shape."""
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name}: {label} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: {label} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_scale_values(name: str, scales: Tensor) -> None:
+    """ValueError for a NaN, infinite, zero or negative scale."""
+    bad = ~(torch.isfinite(scales) & (scales > 0))
+    if bad.any():
+        row, group = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: scales must be finite and positive, got {float(scales[row, group])} at row {row}, group {group}"
+        )
+
+
+def check_finite(name: str, label: str, values: Tensor) -> None:
+    """ValueError for a NaN or infinite value."""
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        raise ValueError(f"{name}: {label} hold a NaN or an infinity")
+
+
+def check_weight(name: str, weight: Tensor) -> tuple[int, int]:
+    """ValueError/TypeError unless weight is a finite float matrix; returns (N, K)."""
+    if weight.ndim != 2:
+        raise ValueError(f"{name}: weight must be [N, K], got {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"{name}: weight must be a float tensor, got {weight.dtype}")
+    check_finite(name, "weights", weight)
+    return weight.shape[0], weight.shape[1]
+
+
+def resolve_group_size(name: str, group_size: int | None, k: int) -> int:
+    """None means one group per row; anything else must be an int in [1, K]."""
+    if group_size is None:
+        return max(k, 1)
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or not 1 <= group_size <= max(k, 1):
+        raise ValueError(f"{name}: group_size must be None or an int in [1, K={k}], got {group_size!r}")
+    return group_size
+
+
+def check_shape(name: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """ValueError unless shape is two non-negative ints."""
+    if len(shape) != 2 or any(int(size) != size or size < 0 for size in shape):
+        raise ValueError(f"{name}: shape must be (N, K), got {shape!r}")
+    return int(shape[0]), int(shape[1])
+
+
+def grid(
+    weight: Tensor, group_size: int, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Round-to-nearest grid over each group's whole range: scales [N, G] in scale_dtype, zeros int8 [N, G] or None.
+
+    symmetric: scale = 2 max|w| / (2^bits - 1); else scale = (max - min) / (2^bits - 1) over a range that holds 0 and
+    zero = round(-min / scale) - 2^(bits - 1). A group of zeros gets scale 1.
+    """
+    if scale_dtype not in FLOATS:
+        raise TypeError(f"scale_dtype must be float32, bfloat16 or float16, got {scale_dtype}")
+    n, k = weight.shape
+    grouped = torch.nn.functional.pad(weight.float(), (0, -k % group_size)).view(n, groups(k, group_size), group_size)
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scales = ((high - low) / (2**bits - 1)).to(scale_dtype)
+    # A scale below the dtype's range (or a group of zeros) would be 0: such a group rounds to all zeros anyway.
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    if symmetric:
+        return scales, None
+    zeros = torch.round(-low / scales.float()) - 2 ** (bits - 1)
+    return scales, zeros.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+
+
+def quantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, bits: int) -> Tensor:
+    """Nearest signed codes int8 [N, K] on a given grid."""
+    k = weight.shape[1]
+    codes = torch.round(weight.float() / expand_groups(scales.float(), group_size, k))
+    if zeros is not None:
+        codes = codes + expand_groups(zeros.float(), group_size, k)
+    return codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)

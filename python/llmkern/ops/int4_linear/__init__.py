@@ -1,0 +1,56 @@
+"""int4_linear: y = x @ Wᵀ + bias with int4 weights; activations kept, or int8 per group with activations="int8"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
+from llmkern.ops.int4_linear.reference import dequantize, reference
+
+
+def check(
+    x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int,
+    activations: str | None = None,
+) -> int:  # fmt: skip
+    """Raise on bad arguments; return N."""
+    name = "int4_linear"
+    if words.dtype != torch.int32:
+        raise TypeError(f"{name}: words must be int32, got {words.dtype}")
+    if words.ndim != 2:
+        raise ValueError(f"{name}: words must be [N, ceil(K/8)], got {list(words.shape)}")
+    n = words.shape[0]
+    check_input(name, x, {"words": words, "scales": scales, "zeros": zeros}, n, bias)
+    k = x.shape[-1]
+    if words.shape[1] != -(-k // 8):
+        raise ValueError(f"{name}: x is [..., K={k}], which needs words [N, {-(-k // 8)}], got {list(words.shape)}")
+    check_scales(name, scales, zeros, n, k, group_size)
+    if activations not in (None, "int8"):
+        raise ValueError(f'{name}: activations must be None or "int8", got {activations!r}')
+    return n
+
+
+def native(
+    function: Any, x: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any, group_size: int,
+    activations: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Pointers for csrc/cpu/int4_linear."""
+    return native_call(
+        function, x, words.shape[0], bias,
+        words.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros), group_size,
+        activations == "int8",
+    )  # fmt: skip
+
+
+OP = linear_op(
+    "int4_linear(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int group_size, "
+    "str? activations=None) -> Tensor",
+    check=check,
+    dequantize=lambda x, words, scales, zeros, bias, group_size, activations=None: dequantize(
+        words, scales, zeros, group_size, x.shape[-1]
+    ),
+)
+OP.native(native)
+OP.kernel("reference", "any")(reference)

@@ -1,0 +1,47 @@
+"""int8_linear: y = x @ Wᵀ + bias with int8 weights, activations at x's own precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
+from llmkern.ops.int8_linear.reference import dequantize, reference
+
+
+def check(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int) -> int:
+    """Raise on bad arguments; return N."""
+    return check_int8("int8_linear", x, codes, scales, zeros, bias, group_size)
+
+
+def check_int8(name: str, x: Any, codes: Any, scales: Any, zeros: Any, bias: Any, group_size: int) -> int:
+    """The same for every op over an Int8Weight."""
+    if codes.dtype != torch.int8:
+        raise TypeError(f"{name}: codes must be int8, got {codes.dtype}")
+    if codes.ndim != 2:
+        raise ValueError(f"{name}: codes must be [N, K], got {list(codes.shape)}")
+    n, k = codes.shape
+    check_input(name, x, {"codes": codes, "scales": scales, "zeros": zeros}, n, bias)
+    if x.shape[-1] != k:
+        raise ValueError(f"{name}: x is [..., K={x.shape[-1]}], but codes are [N={n}, K={k}]")
+    check_scales(name, scales, zeros, n, k, group_size)
+    return n
+
+
+def native(function: Any, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, group_size: int) -> Tensor:
+    """Pointers for csrc/cpu/int8_linear and int8_dynamic_linear."""
+    return native_call(
+        function, x, codes.shape[0], bias,
+        codes.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros), group_size,
+    )  # fmt: skip
+
+
+OP = linear_op(
+    "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
+    check=check,
+    dequantize=lambda x, codes, scales, zeros, bias, group_size: dequantize(codes, scales, zeros, group_size),
+)
+OP.native(native)
+OP.kernel("reference", "any")(reference)

@@ -1,0 +1,58 @@
+"""scale_search: per row and group, the clipped scale whose rounding error, weighted per column, is least.
+
+With importance = diag(H) this is the Hessian-weighted clip that precedes GPTQ; with ones it is the plain MSE clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern._registry import Op
+from llmkern.ops._linear import check_group_size, groups
+from llmkern.ops.scale_search.reference import reference
+
+
+def check(
+    w: Tensor, importance: Tensor, group_size: int, bits: int, symmetric: bool, steps: int, smallest: float
+) -> int:
+    """w fp32 [N, K]; importance fp32 [K]; 1 <= group_size <= K; bits 2..8; steps >= 1; 0 < smallest <= 1. Returns G."""
+    name = "scale_search"
+    if w.dtype != torch.float32 or w.ndim != 2 or not w.is_contiguous():
+        raise ValueError(f"{name}: w must be contiguous float32 [N, K], got {w.dtype} {list(w.shape)}")
+    k = w.shape[1]
+    if importance.dtype != torch.float32 or importance.shape != (k,) or not importance.is_contiguous():
+        raise ValueError(f"{name}: importance must be float32 [K={k}], got {importance.dtype} {list(importance.shape)}")
+    check_group_size(name, group_size, k)
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{name}: bits must be in 2..8, got {bits}")
+    if steps < 1 or not 0 < smallest <= 1:
+        raise ValueError(f"{name}: wanted steps >= 1 and 0 < smallest <= 1, got {steps} and {smallest}")
+    return groups(k, group_size)
+
+
+def native(
+    function: Any, w: Tensor, importance: Tensor, group_size: int, bits: int, symmetric: bool, steps: int,
+    smallest: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pointers for csrc/cpu/scale_search."""
+    n, k = w.shape
+    g = groups(k, group_size)
+    scales, zeros = w.new_empty((n, g)), w.new_empty((n, g), dtype=torch.int8)
+    function(
+        w.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
+        n, k, group_size, bits, symmetric, steps, smallest, torch.get_num_threads(),
+    )  # fmt: skip
+    return scales, zeros
+
+
+OP: Op = Op(
+    "scale_search(Tensor w, Tensor importance, int group_size, int bits, bool symmetric, int steps, float smallest) "
+    "-> (Tensor, Tensor)",
+    check=check,
+    fake=lambda g, w, *rest: (w.new_empty((w.shape[0], g)), w.new_empty((w.shape[0], g), dtype=torch.int8)),
+)
+OP.native(native)
+OP.kernel("reference", "any")(reference)

@@ -1,0 +1,52 @@
+"""sparse24_int4_linear: y = x @ Wᵀ + bias with 2:4 sparse weights whose kept values are int4 codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call
+from llmkern.ops.sparse24_int4_linear.reference import dequantize, reference
+from llmkern.ops.sparse24_linear import check_positions
+
+
+def check(x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> int:
+    """Raise on bad arguments; return N. Positions are trusted here: Sparse24Int4Weight.from_tensors validates them."""
+    name = "sparse24_int4_linear"
+    if words.dtype != torch.int32:
+        raise TypeError(f"{name}: words must be int32, got {words.dtype}")
+    if words.ndim != 2:
+        raise ValueError(f"{name}: words must be [N, ceil(2 * ceil(K/4) / 8)], got {list(words.shape)}")
+    n = words.shape[0]
+    check_input(name, x, {"words": words, "positions": positions, "scales": scales}, n, bias)
+    k = x.shape[-1]
+    width = -(-2 * -(-k // 4) // 8)
+    if words.shape[1] != width:
+        raise ValueError(f"{name}: x is [..., K={k}], which needs words [N, {width}], got {list(words.shape)}")
+    check_positions(name, positions, n, k)
+    check_scales(name, scales, None, n, k, group_size)
+    return n
+
+
+def native(
+    function: Any, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any, group_size: int
+) -> Any:
+    """Pointers for csrc/cpu/sparse24_int4_linear."""
+    return native_call(
+        function, x, words.shape[0], bias,
+        words.data_ptr(), positions.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], group_size,
+    )  # fmt: skip
+
+
+OP = linear_op(
+    "sparse24_int4_linear(Tensor x, Tensor words, Tensor positions, Tensor scales, Tensor? bias, int group_size) "
+    "-> Tensor",
+    check=check,
+    dequantize=lambda x, words, positions, scales, bias, group_size: dequantize(
+        words, positions, scales, group_size, x.shape[-1]
+    ),
+)
+OP.native(native)
+OP.kernel("reference", "any")(reference)

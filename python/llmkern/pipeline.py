@@ -1,0 +1,377 @@
+"""compress: solve linear layers block by block, in a block stage by stage, on inputs of what is compressed so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern import blocks
+from llmkern._dense import dense_by_onednn
+from llmkern._progress import Progress
+from llmkern.blocks import Call, Chain, SharedInputs
+from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
+from llmkern.patching import choose, solve_and_keep, swap
+from llmkern.recipe import Recipe
+from llmkern.report import Report, Row, model_bytes
+
+# Sequences per forward: enough rows for a GEMM at full speed, few enough for one block's activations to stay small.
+BATCH = 8
+# Distinct inputs of a block up to which they are taken one after the other.
+MAX_STAGES = 8
+NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
+OUTSIDE = "outside the repeated blocks: calibrated after them"
+
+Calibration = Tensor | Iterable[Any] | Callable[[nn.Module], Any]
+
+
+def compress(
+    model: nn.Module, recipe: str | Recipe, calibration: Calibration | None = None, *,
+    device: torch.device | str | None = None, state_dir: str | Path | None = None, progress: bool = True,
+) -> Report:  # fmt: skip
+    """Compress the linear layers of `model` in place, as `recipe` says, and report on every one.
+
+    calibration: token ids [n, L]; an iterable of batches (tensors, or mappings of the model's arguments); or a callable
+    that runs the model it is given, whose calls are recorded. Tokens that an attention_mask hides do not count. None is
+    fine for data-free recipes. device: where blocks run and are solved (default: where they are); the model stays where
+    it is otherwise. progress: a bar on stderr.
+
+    Raises ValueError: no calibration tokens, a layer that saw none, activations that are not finite (the layer is
+    named), a pattern that matches nothing, a model that is compressed already, or what a solver refuses. Layers
+    replaced before the error stay replaced, the message counts them, and the model still runs.
+    """
+    recipe = Recipe.parse(recipe)
+    if state_dir is not None:
+        raise NotImplementedError("compress: state_dir (resume) is not implemented yet; leave it out")
+    start, before = time.perf_counter(), model_bytes(model)
+    report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
+    if recipe.method == "cast":
+        _cast(model, recipe, report)
+    else:
+        chosen, report.skipped = choose(model, recipe, "compress")
+        run = _Run(model, chosen, report, device, progress)
+        with run.errors_count_layers(), _quiet(model), torch.no_grad(), dense_by_onednn(model):
+            if any(wanted.needs_calibration for wanted in chosen.values()):
+                run.calibrated(_batches(model, calibration))
+            else:
+                run.data_free()
+                if calibration is not None:
+                    report.notes.append(f"{recipe} needs no data: the calibration was not used")
+    report.model_bytes_after = model_bytes(model)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+class _Run:
+    """One compression: the model, what each layer gets, and the report that grows."""
+
+    def __init__(
+        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, progress: bool
+    ) -> None:
+        self.model, self.chosen, self.report = model, chosen, report
+        self.device = None if device is None else torch.device(device)
+        self.bar = Progress(report.recipe, len(chosen), progress)
+        self.batches: list[Call] = []
+
+    def data_free(self) -> None:
+        for name in self.chosen:
+            self._replace({name: self.model.get_submodule(name)}, None)
+
+    def calibrated(self, batches: list[Call]) -> None:
+        """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
+        self.batches = batches
+        self.report.tokens = sum(map(_count_tokens, batches))
+        first = batches[0]
+        if len(first.args) == 1 and not first.kwargs:
+            first = Call((first.args[0][:1],), {})  # how a model is wired shows on one sequence
+        chains, irregular = blocks.learn(self.model, self._bound(self.model, first))
+        done: set[str] = set()
+        for chain in chains:
+            done |= self._chain(chain)
+        rest = {name: self.model.get_submodule(name) for name in self.chosen if name not in done}
+        if rest:
+            shared = SharedInputs(rest)
+            for batch in batches:
+                shared.rows = _rows(self.model, batch)
+                self._collect(shared, self._bound(self.model, batch))
+            inside = tuple(block + "." for block in irregular)
+            notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
+            for layers in _groups(shared, rest):
+                self._replace(layers, shared, notes)
+
+    def _chain(self, chain: Chain) -> set[str]:
+        """Compress one chain; the names of its layers."""
+        count = len(chain.blocks)
+        layers = [
+            {name: layer for name, layer in blocks.linears(block, prefix).items() if name in self.chosen}
+            for block, prefix in zip(chain.blocks, chain.names, strict=True)
+        ]
+        last = max((k for k in range(count) if layers[k]), default=-1)
+        kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
+        captured: list[dict[int, Call]] = []
+        hidden: list[Tensor] = []
+        calls: list[Call] = []
+        for k in range(last + 1):
+            if k == 0:
+                captured = [self._capture(chain, batch, kinds) for batch in self.batches]
+                calls = [found[0] for found in captured]
+                captured = [chain.frame(found) for found in captured]
+            elif chain.follows[k]:
+                calls = [chain.call(k, found, h) for found, h in zip(captured, hidden, strict=True)]
+            else:
+                calls = [self._capture(chain, batch, [k])[k] for batch in self.batches]
+            feeds_next = k < last and chain.follows[k + 1]
+            hidden = self._block(chain.blocks[k], layers[k], calls, feeds_next)
+        return {name for found in layers for name in found}
+
+    def _block(
+        self, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
+    ) -> list[Tensor]:
+        """Compress one block on these calls; with `feeds_next`, the hidden states it hands on."""
+        home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
+        device = self.device or home
+        block.to(device)
+        pending: dict[str, PackedLinear] = {}
+        for stage in self._stages(block, layers, _to(calls[0], device)):
+            shared = SharedInputs(stage)
+            for batch, call in zip(self.batches, calls, strict=True):
+                shared.rows = _rows(self.model, batch)
+                self._collect(shared, self._bound(block, _to(call, device)))
+            for group in _groups(shared, stage):
+                pending |= self._solve(group, shared)
+        # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
+        # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
+        for name, packed in pending.items():
+            if packed.activations:
+                swap(self.model, name, packed)
+        hidden = []
+        if feeds_next:
+            for call in calls:
+                args, kwargs = _to(call, device)
+                hidden.append(_move(blocks.hidden_state(block(*args, **kwargs)), home))
+        for name, packed in pending.items():
+            if not packed.activations:
+                swap(self.model, name, packed)
+        block.to(home)
+        return hidden
+
+    def _stages(self, block: nn.Module, layers: dict[str, nn.Module], first: Call) -> list[dict[str, nn.Module]]:
+        """The block's layers in the order of their inputs, each stage on inputs from the stages solved before it.
+
+        A forward ends at its stage's last layer, so four stages (q/k/v, o, gate/up, down) cost about half a forward
+        more than one. A block of many inputs (experts), or of layers that the first batch leaves out, is one stage.
+        """
+        if not layers:
+            return []
+        probe = SharedInputs(layers)
+        self._collect(probe, self._bound(block, first))
+        stages = [{name: layers[name] for name in group} for group in probe.shared_by().values()]
+        complete = sum(map(len, stages)) == len(layers)
+        return stages if complete and len(stages) <= MAX_STAGES else [layers]
+
+    def _solve(
+        self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, PackedLinear]:
+        """Solve the layers of one input. Their dense weights become the solutions; the packed layers are returned."""
+        pending = {}
+        for name, layer in layers.items():
+            hessian = None
+            if shared is not None:
+                hessian = shared.hessian(name)
+                if hessian is None or not hessian.tokens:
+                    raise ValueError(
+                        f"compress: layer {name} saw no calibration tokens; give data that reaches it or ignore it"
+                    )
+            packed, row, solution = solve_and_keep("compress", name, layer, hessian, self.chosen[name])
+            if name in notes:
+                row.notes = (*row.notes, notes[name])
+            pending[name] = packed
+            self.report.rows.append(row)
+            if shared is not None:
+                layer.weight.copy_(solution.weight.T if is_conv1d(layer) else solution.weight)  # type: ignore[operator]
+            self.bar.step(name)
+        return pending
+
+    def _replace(
+        self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        for name, packed in self._solve(layers, shared, notes).items():
+            swap(self.model, name, packed)
+
+    def _collect(self, shared: SharedInputs, run: Callable[[], Any]) -> None:
+        try:
+            shared.forward(run)
+        except ValueError as error:
+            raise ValueError(f"compress: {error}") from None
+
+    def _capture(self, chain: Chain, batch: Call, which: list[int]) -> dict[int, Call]:
+        return blocks.capture(chain, self._bound(self.model, batch), which)
+
+    @staticmethod
+    def _bound(module: nn.Module, call: Call) -> Callable[[], Any]:
+        return lambda: module(*call.args, **call.kwargs)
+
+    @contextmanager
+    def errors_count_layers(self) -> Iterator[None]:
+        """Errors say how many layers are replaced already."""
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError) as error:
+            if not self.report.rows:
+                raise
+            done = f"{len(self.report.rows)} of {len(self.chosen)} layers are changed already; the model still runs"
+            raise type(error)(f"{error} ({done})") from error
+
+
+def _groups(shared: SharedInputs, layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """The layers of each input, those that never ran last."""
+    groups = list(shared.shared_by().values())
+    ran = {name for group in groups for name in group}
+    for group in [*groups, [name for name in layers if name not in ran]]:
+        if group:
+            yield {name: layers[name] for name in group}
+
+
+def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:
+    """The whole model to another float dtype; a weight beyond its range is an error."""
+    dtype = getattr(torch, str(recipe.dtype))
+    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("compress: the model holds packed layers already; a cast would not reach them")
+    for name, layer in layers.items():
+        weight = dense_weight(layer)
+        cast = weight.to(dtype)
+        if not torch.isfinite(cast).all():
+            raise ValueError(f"compress: layer {name}: a weight is not finite in {recipe.dtype}")
+        error = (weight.float() - cast.float()).square().sum() / weight.float().square().sum().clamp(min=1e-30)
+        n, k = weight.shape
+        report.rows.append(Row(name, (n, k), str(recipe), "torch", float(error), 0.0, weight.nbytes, cast.nbytes))
+    # What no file holds (rotary frequencies) stays as the model computes it, as when a checkpoint of that dtype loads.
+    computed = [
+        (module, key, module._buffers[key]) for module in model.modules() for key in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, key, buffer in computed:
+        module._buffers[key] = buffer
+
+
+def _batches(model: nn.Module, calibration: Any) -> list[Call]:
+    """Calibration in any accepted form as calls of the model. ValueError if it has no tokens."""
+    if calibration is None:
+        raise ValueError("compress: this recipe needs calibration: token ids [n, L], batches, or a callable")
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2:
+            raise ValueError(f"compress: calibration token ids must be [n, L], got {list(calibration.shape)}")
+        if calibration.is_floating_point() or calibration.dtype == torch.bool:
+            raise TypeError(f"compress: calibration token ids must be integers, got {calibration.dtype}")
+        calls = [Call((ids,), {}) for ids in calibration.split(BATCH)] if calibration.numel() else []
+    elif callable(calibration):
+        calls = _record(model, calibration)
+    else:
+        calls = [_as_call(batch) for batch in calibration]
+    calls = [call for call in calls if _count_tokens(call)]
+    if not calls:
+        raise ValueError("compress: zero calibration tokens")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    for call in calls:
+        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        if rows and isinstance(ids, Tensor) and not ids.is_floating_point() and not 0 <= ids.min() <= ids.max() < rows:
+            raise ValueError(f"compress: calibration token ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
+    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return [_to(call, home) for call in calls]
+
+
+def _as_call(batch: Any) -> Call:
+    if isinstance(batch, Tensor):
+        return Call((batch,), {})
+    if isinstance(batch, Mapping):
+        # Labels only cost a loss; a cache would grow from call to call.
+        dropped = ("labels", "use_cache", "past_key_values")
+        return Call((), {key: value for key, value in batch.items() if key not in dropped})
+    raise TypeError(f"compress: a calibration batch must be a tensor or a mapping, got {type(batch).__name__}")
+
+
+def _record(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Call]:
+    """The calls of the model that `run(model)` makes."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length():
+            raise ValueError("compress: the calibration callable runs the model with a cache; pass use_cache=False")
+        calls.append(Call(args, dict(_as_call(kwargs).kwargs)))
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        run(model)
+    finally:
+        handle.remove()
+    return calls
+
+
+def _count_tokens(call: Call) -> int:
+    """Tokens of a batch: its mask's, else the elements of its token ids, else the rows of its first tensor."""
+    mask = call.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.count_nonzero())
+    tensors = [
+        value
+        for value in (call.kwargs.get("input_ids"), *call.args, *call.kwargs.values())
+        if isinstance(value, Tensor)
+    ]
+    if not tensors:
+        return 0
+    return tensors[0].numel() // (tensors[0].shape[-1] if tensors[0].is_floating_point() and tensors[0].ndim else 1)
+
+
+def _rows(model: nn.Module, call: Call) -> Tensor | None:
+    """bool [batch, length], False for padding; None when every token counts."""
+    mask = call.kwargs.get("attention_mask")
+    # Of an encoder and a decoder only one reads this mask, and lengths do not tell which.
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(_config(model), "is_encoder_decoder", False):
+        return None
+    rows = mask.bool()
+    return None if rows.all() else rows
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no cache; every module's own mode and the configuration as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # An encoder-decoder's stacks have configurations of their own.
+    configs = {id(config): config for module, _ in modes if getattr(config := _config(module), "use_cache", None)}
+    model.eval()
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module, mode in modes:
+            module.training = mode
+
+
+def _to(call: Call, device: torch.device) -> Call:
+    return Call(
+        tuple(_move(value, device) for value in call.args), {k: _move(v, device) for k, v in call.kwargs.items()}
+    )
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(_move(part, device) for part in value)
+    return {key: _move(part, device) for key, part in value.items()} if type(value) is dict else value

@@ -1,0 +1,225 @@
+"""Hessian: the second moment of one input, shared by every layer that reads it, and its Cholesky factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
+# a GEMM to run at full speed.
+BLOCK = 256
+MAX_DAMP = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """H + added I = V Vᵀ with V upper triangular, rows and columns of H in `order`.
+
+    unit fp32 [K, K] is V with every column divided by its diagonal entry (unit upper triangular), diagonal fp32 [K] is
+    diag(V). `order` int64 [K] is the column of H at each place, None for the natural order. `damp` is the damping that
+    was used, relative to the mean of diag(H); `notes` say when it is not the one asked for, and other surprises.
+    """
+
+    unit: Tensor
+    diagonal: Tensor
+    order: Tensor | None
+    damp: float
+    added: float
+    notes: tuple[str, ...]
+
+
+class Hessian:
+    """Σ xxᵀ over the tokens of one input of K features, fp32.
+
+    Layers that read the same input share one object, and with it the factorization: `factor` keeps its result until
+    the next `add` or `merge`.
+    """
+
+    def __init__(self, k: int, device: torch.device | str | None = None) -> None:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"Hessian: K must be an int >= 1, got {k!r}")
+        self.k = k
+        self.tokens = 0
+        self._sum = torch.zeros(k, k, device=device)
+        self._whole = True  # False while blocks below the diagonal are out of date
+        self._factors: dict[tuple[str | None, float], Factor] = {}
+        self._spectra: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, tokens: int = 1) -> Hessian:
+        """A Hessian from a finished symmetric [K, K] matrix of any positive scale, the mean over `tokens` tokens."""
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+            raise ValueError(f"Hessian: the matrix must be [K, K], got {list(matrix.shape)}")
+        if not matrix.is_floating_point():
+            raise TypeError(f"Hessian: the matrix must be a float tensor, got {matrix.dtype}")
+        if tokens < 1:
+            raise ValueError(f"Hessian: tokens must be >= 1, got {tokens}")
+        matrix = matrix.detach().float()
+        if not torch.isfinite(matrix).all():
+            raise ValueError("Hessian: the matrix holds a NaN or an infinity")
+        if (matrix - matrix.T).abs().max() > 1e-4 * matrix.abs().max():
+            raise ValueError("Hessian: the matrix is not symmetric")
+        if (matrix.diagonal() < 0).any():
+            raise ValueError("Hessian: the matrix has a negative diagonal entry, so it is no second moment")
+        hessian = cls(len(matrix), matrix.device)
+        hessian.tokens = tokens
+        hessian._sum = matrix * tokens
+        return hessian
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sum is."""
+        return self._sum.device
+
+    def add(self, x: Tensor) -> Hessian:
+        """Add the tokens of x [..., K], any float dtype. ValueError for another K, or a NaN or infinity in x."""
+        if x.ndim == 0 or x.shape[-1] != self.k:
+            raise ValueError(f"Hessian.add: x must be [..., K={self.k}], got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"Hessian.add: x must be a float tensor, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"Hessian.add: x is on {x.device}, but the Hessian is on {self.device}")
+        rows = x.detach().reshape(-1, self.k).float()
+        # A NaN or infinity anywhere shows in its column's energy, and so does a square beyond fp32.
+        bad = ~torch.isfinite(rows.square().sum(0))
+        if bad.any():
+            raise ValueError(f"Hessian.add: x has non-finite values (or squares) in feature {int(bad.nonzero()[0])}")
+        for start in range(0, self.k, BLOCK):
+            at = slice(start, start + BLOCK)
+            self._sum[at, start:].addmm_(rows[:, at].T, rows[:, start:])
+        self.tokens += len(rows)
+        self._changed()
+        return self
+
+    def merge(self, other: Hessian) -> Hessian:
+        """Add the tokens that another Hessian of the same K has seen (on any device)."""
+        if other.k != self.k:
+            raise ValueError(f"Hessian.merge: K differs: {self.k} and {other.k}")
+        self._sum += other._sum.to(self.device)
+        self.tokens += other.tokens
+        self._changed()
+        return self
+
+    def matrix(self) -> Tensor:
+        """The mean of xxᵀ over tokens, fp32 [K, K]; a new tensor. ValueError without tokens."""
+        return self.raw() / self.tokens
+
+    def raw(self) -> Tensor:
+        """The sum of xxᵀ over tokens, fp32 [K, K]: the state itself, not to be written to. ValueError without tokens.
+
+        Solutions do not depend on the Hessian's scale, so solvers use this and save a copy.
+        """
+        if self.tokens == 0:
+            raise ValueError("Hessian: zero calibration tokens")
+        if not self._whole:
+            for start in range(0, self.k, BLOCK):
+                stop = start + BLOCK
+                self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+            self._whole = True
+        return self._sum
+
+    def dead(self) -> Tensor:
+        """bool [K]: features that were 0 in every token."""
+        return self.raw().diagonal() == 0
+
+    def damped(self, damp: float) -> Tensor:
+        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features."""
+        matrix = self.raw().clone()
+        dead = self.dead()
+        matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
+        return matrix
+
+    def mean_diagonal(self) -> float:
+        """Mean of diag(raw) over the features that are not dead; 0 if all are."""
+        diagonal = self.raw().diagonal()
+        return float(diagonal.double().sum() / max(int((diagonal != 0).sum()), 1))
+
+    def factor(self, order: str | None, damp: float) -> Factor:
+        """The Cholesky factor in natural order (None) or in that of falling diag(H) ("activation").
+
+        Tried in fp32, then in fp64, then with more damping, up to 1; the factor's `damp` and `notes` say what it took.
+        ValueError if the matrix is not positive definite even then.
+        """
+        if (order, damp) not in self._factors:
+            self._factors[order, damp] = self._factorize(order, damp)
+        return self._factors[order, damp]
+
+    def spectrum(self, damp: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale [K], energies [K], basis [K, K]): damped(damp) = S B diag(energies) Bᵀ S, S = diag(scale).
+
+        S² is the diagonal, so the matrix in between has ones on its own. Kept until the next `add` or `merge`.
+        """
+        if damp not in self._spectra:
+            damped = self.damped(damp)
+            scale = damped.diagonal().sqrt()
+            energies, basis = torch.linalg.eigh(damped / scale / scale.unsqueeze(1))
+            self._spectra[damp] = (scale, energies.clamp_(min=0), basis)
+        return self._spectra[damp]
+
+    def _changed(self) -> None:
+        self._whole = False
+        self._factors.clear()
+        self._spectra.clear()
+
+    def _factorize(self, order: str | None, damp: float) -> Factor:
+        places = None
+        if order == "activation":
+            places = self.raw().diagonal().argsort(descending=True, stable=True)
+        notes = []
+        if count := int(self.dead().sum()):
+            notes.append(f"{count} of {self.k} input features are 0 in every token: their weights become 0")
+        used, dtype = damp, torch.float32
+        while (upper := _upper_factor(self.damped(used), places, dtype)) is None:
+            if dtype == torch.float32:
+                dtype = torch.float64
+                continue
+            used = max(2 * used, 1e-3)
+            if used > MAX_DAMP:
+                raise ValueError(
+                    f"Hessian: not positive definite in fp64 even with damping up to {MAX_DAMP} of the mean diagonal"
+                )
+        if used != damp:
+            notes.append(f"not positive definite in fp64 at damp {damp:g}: damp raised to {used:g}")
+        elif dtype == torch.float64:
+            notes.append(f"not positive definite in fp32 at damp {damp:g}: factored in fp64")
+        diagonal = upper.diagonal().clone()
+        return Factor(
+            unit=upper.div_(diagonal).float(),
+            diagonal=diagonal.float(),
+            order=places,
+            damp=used,
+            added=used * self.mean_diagonal(),
+            notes=tuple(notes),
+        )
+
+
+def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """V upper triangular with V Vᵀ = matrix[places][:, places], from its last column to its first; None if none.
+
+    LAPACK gives Lᵀ L of the reversed matrix or L Lᵀ of this one, so blocks of columns go right to left: the diagonal
+    block by a small reversed Cholesky, what is above it by a triangular solve, and one GEMM takes out the blocks to
+    the right. A pivot within rounding of zero counts as none: what it would divide is noise.
+    """
+    if places is not None:
+        # The matrix is symmetric: twice a gather of rows, which are contiguous, and a transpose.
+        matrix = matrix.index_select(0, places).T.contiguous().index_select(0, places)
+    matrix = matrix.to(dtype)
+    k = len(matrix)
+    upper = torch.zeros_like(matrix)
+    for start in range((k - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        stop = min(start + BLOCK, k)
+        at = slice(start, stop)
+        rest = matrix[:stop, at]
+        if stop < k:
+            rest = torch.addmm(rest, upper[:stop, stop:], upper[at, stop:].T, alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(rest[start:].flip(0, 1))
+        corner = lower.flip(0, 1)
+        pivots = corner.diagonal()
+        if int(info) or bool((pivots.square() <= torch.finfo(dtype).eps * matrix.diagonal()[at]).any()):
+            return None
+        upper[at, at] = corner
+        if start:
+            upper[:start, at] = torch.linalg.solve_triangular(corner.T, rest[:start], upper=False, left=False)
+    return upper

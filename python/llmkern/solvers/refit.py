@@ -1,0 +1,31 @@
+"""Least-squares refit of the kept weights on a fixed mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refit(w: Tensor, start: Tensor, mask: Tensor, damped: Tensor, steps: int) -> Tensor:
+    """The weights x [N, K], 0 off the mask, of least (w - x) damped (w - x)ᵀ per row, from `start`.
+
+    Conjugate gradients on all rows at once, preconditioned by the Hessian's diagonal; one GEMM per step.
+    """
+    kept = mask.to(w.dtype)
+    inverse = kept / damped.diagonal()
+    x = start * kept
+    residual = ((w - x) @ damped).mul_(kept)
+    direction = residual * inverse
+    energy = (residual * direction).sum(1, keepdim=True)
+    for _ in range(steps):
+        image = (direction @ damped).mul_(kept)
+        curvature = (direction * image).sum(1, keepdim=True)
+        # A row that has converged (or keeps nothing) has zero energy and no more steps to take.
+        step = torch.where(curvature > 0, energy / curvature, 0.0)
+        x.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        scaled = residual * inverse
+        fresh = (residual * scaled).sum(1, keepdim=True)
+        direction = scaled.addcmul_(torch.where(energy > 0, fresh / energy, 0.0), direction)
+        energy = fresh
+    return x

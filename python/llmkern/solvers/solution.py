@@ -1,0 +1,83 @@
+"""Solution: what every solver returns, and how its weight is packed and judged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
+from llmkern.solvers.grid import Grid
+from llmkern.solvers.hessian import BLOCK, Hessian
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solved layer.
+
+    weight: fp32 [N, K], what `packed` unpacks to. packed: the smallest of the packed formats that holds it exactly,
+    None if none does. mask: bool [N, K], True = kept, None if nothing was pruned. loss: tr((W-Q) H (W-Q)ᵀ) /
+    tr(W H Wᵀ) on the undamped Hessian. damp: the damping that was used, relative to mean(diag H). notes: whatever
+    differs from what was asked for.
+    """
+
+    weight: Tensor
+    packed: PackedWeight | None
+    mask: Tensor | None
+    loss: float
+    damp: float
+    notes: tuple[str, ...]
+
+
+def relative_loss(weight: Tensor, solved: Tensor, hessian: Hessian, lost: float = math.nan) -> float:
+    """tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ); 0 if both are 0. `lost`: the numerator, where it is known already."""
+    if math.isnan(lost):
+        lost = energy(weight - solved, hessian)
+    whole = energy(weight, hessian)
+    if whole <= 0:
+        return 0.0 if lost <= 0 else math.inf
+    return max(lost, 0.0) / whole
+
+
+def energy(x: Tensor, hessian: Hessian) -> float:
+    """tr(X H Xᵀ) of fp32 x [N, K], summed in fp64; H is symmetric, so its blocks above the diagonal count twice."""
+    matrix, k = hessian.raw(), x.shape[1]
+    total = x.new_zeros((), dtype=torch.float64)
+    for start in range(0, k, BLOCK):
+        at = slice(start, start + BLOCK)
+        total += (x[:, at] @ matrix[at, at]).mul_(x[:, at]).sum(dtype=torch.float64)
+        if start:
+            total += 2 * (x[:, :start] @ matrix[:start, at]).mul_(x[:, at]).sum(dtype=torch.float64)
+    return float(total)
+
+
+def pack_quantized(q: Tensor, grid: Grid, mask: Tensor | None) -> tuple[PackedWeight, tuple[str, ...]]:
+    """The smallest packed weight that holds q [N, K], whose values are on `grid`; and notes on what it took."""
+    stored = 4 if grid.bits <= 4 else 8
+    notes = () if grid.bits == stored else (f"{grid.bits}-bit codes are stored as int{stored}",)
+    scales, size = grid.scales.to(grid.scale_dtype), grid.group_size
+    if mask is not None and grid.zeros is None:
+        if is_24(mask) and (size % 4 == 0 or size >= q.shape[1]):
+            if stored == 4:
+                return Sparse24Int4Weight.pack(q, mask=mask, group_size=size, scales=scales), notes
+            return Sparse24Weight.pack(q, mask=mask, dtype=torch.int8, group_size=size, scales=scales), notes
+        if stored == 8:
+            return BitmaskWeight.pack(q, mask=mask, dtype=torch.int8, group_size=size, scales=scales), notes
+    if mask is not None:
+        notes = (*notes, f"packed as dense int{stored} codes: no sparse format holds this mask with these codes")
+    kind = Int4Weight if stored == 4 else Int8Weight
+    return kind.pack(q, group_size=size, scales=scales, zeros=grid.zeros), notes
+
+
+def pack_kept(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> PackedWeight:
+    """A pruned weight [N, K] with its values in `dtype`: Sparse24Weight where the mask is 2:4, else BitmaskWeight."""
+    kind = Sparse24Weight if is_24(mask) else BitmaskWeight
+    return kind.pack(weight.to(dtype), mask=mask)
+
+
+def is_24(mask: Tensor) -> bool:
+    """True if no four consecutive columns (from a multiple of 4) keep more than two."""
+    quads = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 4)).view(mask.shape[0], -1, 4)
+    return not quads.numel() or int(quads.sum(-1, dtype=torch.uint8).max()) <= 2

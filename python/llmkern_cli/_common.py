@@ -1,0 +1,112 @@
+"""What the commands share: argument types, progress lines, tables, and output folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmkern.recipe import Recipe
+    from llmkern.report import Report
+
+
+class UsageError(Exception):
+    """The command line itself is wrong: exit code 2."""
+
+
+def at_least(least: int) -> Any:
+    """An argparse type: an int of at least `least`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wanted a whole number, got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"wanted at least {least}, got {value}")
+        return value
+
+    return convert
+
+
+def progress(text: str) -> None:
+    """One line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns separated by two spaces: numbers to the right, text to the left."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+class Number(float):
+    """A float that a table shows with a fixed number of digits."""
+
+    digits: int
+
+    def __new__(cls, value: float, digits: int) -> Number:
+        """`digits` after the point."""
+        self = super().__new__(cls, value)
+        self.digits = digits
+        return self
+
+    def __str__(self) -> str:
+        return f"{float(self):,.{self.digits}f}"
+
+
+def megabytes(size: int) -> Number:
+    """Bytes as decimal megabytes with one digit."""
+    return Number(size / 1e6, 1)
+
+
+def quiet_transformers() -> None:
+    """No advice and, when nobody watches, no bars from transformers in the middle of our own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A short form, or a recipe file; UsageError when it is neither."""
+    import llmkern
+
+    try:
+        if Path(text).suffix in (".yaml", ".yml", ".json"):
+            return llmkern.Recipe.load(text)
+        return llmkern.Recipe.parse(text)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def refuse_foreign(out: Path, marker: str = "llmkern.json") -> None:
+    """Raise FileExistsError unless `out` is absent, an empty folder, or a folder that holds our `marker` file."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"--out {out}: exists and is not a folder")
+    if any(out.iterdir()) and not (out / marker).is_file():
+        raise FileExistsError(f"--out {out}: exists and is not from llmkern (no {marker} in it); nothing was written")
+
+
+def compress_into(out: Path, model: Any, tokenizer: Any, recipe: Recipe, windows: Any) -> Report:
+    """Compress `model` in place and write it, its tokenizer and the report to `out`, all or nothing.
+
+    windows: calibration token ids [n, L]; None will do for a recipe that needs no data.
+    """
+    import llmkern
+
+    report = llmkern.compress(model, recipe, windows, progress=True)
+    llmkern.save(model, out, tokenizer=tokenizer, report=report)
+    return report

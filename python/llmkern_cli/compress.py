@@ -1,0 +1,60 @@
+"""`llmkern compress`: prune and quantize a model, block by block, and save it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from llmkern_cli._common import (
+    Number,
+    at_least,
+    compress_into,
+    parse_recipe,
+    progress,
+    quiet_transformers,
+    refuse_foreign,
+)
+
+NAME = "compress"
+HELP = "Prune and quantize a model, and save it."
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or smollm2")
+    parser.add_argument("--recipe", required=True, metavar="R", help="a short form such as gptq-int4-g128, or a file")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="a new folder, or one of ours")
+    parser.add_argument(
+        "--calibration", default="builtin", metavar="builtin|FILE|hf:NAME", help="its first three quarters are used"
+    )
+    parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
+    parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The report, and `out` and `seconds`."""
+    from llmkern import data
+    from llmkern.models import load_model
+
+    # All that can be refused is refused before the first long step.
+    recipe = parse_recipe(args.recipe)
+    refuse_foreign(args.out)
+    text = data.read_text(args.calibration)
+    quiet_transformers()
+    progress(f"loading {args.model}")
+    model, tokenizer = load_model(args.model)
+    windows = None
+    if recipe.needs_calibration:
+        windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
+    start = time.perf_counter()
+    report = compress_into(args.out, model, tokenizer, recipe, windows)
+    return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
+
+
+def show(result: dict[str, Any]) -> str:
+    """Where the model and its report are."""
+    return f"{result['out']}: saved in {Number(result['seconds'], 1)} s; per-layer report: {result['out']}/report.html"

@@ -1,0 +1,207 @@
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+
+import llmkern
+from llmkern.formats import Sparse24Weight
+from llmkern.nn import PackedLinear
+
+SCHEMES = (
+    "rtn-int8", "rtn-int4-g32", "rtn-int4-g32-asym", "rtn-int4", "w8a8", "rtn-int4-g32-a8", "magnitude-2:4",
+    "magnitude-0.5", "magnitude-2:4-int4-g32", "magnitude-0.5-int8", "magnitude-2:4-int8",
+)  # fmt: skip
+
+
+def packed_layers(model):
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+
+
+def dense_twin(model):
+    """The same model computed by torch alone: every packed layer as an nn.Linear with the unpacked weight."""
+    twin = copy.deepcopy(model)
+    for name, layer in packed_layers(twin).items():
+        linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        linear.weight = torch.nn.Parameter(layer.unpack())
+        linear.bias = layer.bias
+        twin.set_submodule(name, linear)
+    return twin
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert", "t5"])
+def test_patch_replaces_every_layer_and_unpatch_restores(kind):
+    model = tiny.MODELS[kind]()
+    ids = tiny.token_ids(2)
+    before, modules = tiny.output(kind, model, ids), dict(model.named_modules())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = llmkern.patch(model, "rtn-int8")
+    assert {row.name for row in report.rows} == set(packed_layers(model))
+    linears = {name for name, module in modules.items() if type(module).__name__ in ("Linear", "Conv1D")}
+    assert {row.name for row in report.rows} | {skip.name for skip in report.skipped} == linears
+    after = tiny.output(kind, model, ids)
+    torch.testing.assert_close(after, tiny.output(kind, dense_twin(model), ids), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(before, after)
+    llmkern.unpatch(model)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(tiny.output(kind, model, ids), before)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_computes_its_own_unpacked_weight(scheme):
+    model = tiny.llama()
+    report = llmkern.patch(model, scheme)
+    ids = tiny.token_ids(2)
+    wanted = tiny.output("llama", dense_twin(model), ids)
+    error = (tiny.output("llama", model, ids) - wanted).norm() / wanted.norm()
+    assert error < (0.03 if scheme.endswith("a8") else 1e-5)
+    assert all(row.bytes_after < row.bytes_before and row.kernel for row in report.rows)
+    assert all(0 < row.loss < 1 for row in report.rows)
+
+
+def test_the_patched_model_behaves_like_a_module():
+    model = tiny.llama()
+    llmkern.patch(model, "rtn-int4-g32", keep_originals=False)
+    ids = tiny.token_ids(2)
+    wanted = tiny.output("llama", model, ids)
+    assert torch.equal(tiny.output("llama", copy.deepcopy(model), ids), wanted)
+    other = tiny.llama()
+    llmkern.patch(other, "rtn-int4-g32")
+    for layer in packed_layers(other).values():
+        layer.words.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(tiny.output("llama", other, ids), wanted)
+    layer = next(iter(packed_layers(model).values()))
+    x = torch.randn(3, layer.in_features)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_a_cast_keeps_the_packed_weight():
+    model = tiny.llama()
+    llmkern.patch(model, "rtn-int4-g32")
+    before = {name: layer.unpack() for name, layer in packed_layers(model).items()}
+    model.to(torch.bfloat16)
+    assert all(torch.equal(layer.unpack(), before[name]) for name, layer in packed_layers(model).items())
+    assert tiny.output("llama", model, tiny.token_ids(2)).dtype == torch.bfloat16
+
+
+def test_a_patched_layer_compiles_without_a_graph_break():
+    layer = torch.nn.Linear(32, 16)
+    model = torch.nn.Sequential(layer)
+    llmkern.patch(model, "rtn-int8")
+    x = torch.randn(3, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_gradients_flow_to_x_and_bias_only():
+    model = tiny.mlp()
+    llmkern.patch(model, "rtn-int8")
+    x = torch.randn(3, 32, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert model[0].bias.grad is not None
+    model[0].scales.requires_grad_()
+    with pytest.raises(RuntimeError, match="packed weights have none"):
+        model(x)
+
+
+def test_the_bias_stays_the_same_parameter():
+    model = tiny.mlp()
+    bias = model[0].bias.requires_grad_(False)
+    llmkern.patch(model, "rtn-int8")
+    assert model[0].bias is bias
+    assert model[2].bias is None
+
+
+def test_the_layer_describes_itself():
+    model = tiny.mlp()
+    llmkern.patch(model, "rtn-int4-g16-a8")
+    assert repr(model[0]) == ("PackedLinear(32, 32, Int4Weight, int32, group_size=16, bias=True, activations=int8)")
+
+
+def test_sparse_weights_are_packed_unchanged():
+    model = tiny.mlp()
+    with torch.no_grad():
+        model[0].weight.view(32, 8, 4)[..., :2] = 0
+        model[2].weight.view(32, 8, 4)[..., 1:3] = 0
+    dense = [model[0].weight.clone(), model[2].weight.clone()]
+    report = llmkern.patch(model, llmkern.Recipe.parse("pack-2:4", dtype="float32"))
+    assert isinstance(model[0].packed, Sparse24Weight)
+    assert torch.equal(model[0].unpack(), dense[0])
+    assert torch.equal(model[2].unpack(), dense[1])
+    assert [row.loss for row in report.rows] == [0.0, 0.0]
+
+
+def test_only_the_given_model_is_touched():
+    one, two = tiny.mlp(), tiny.mlp()
+    llmkern.patch(one, "rtn-int8")
+    assert type(two[0]) is torch.nn.Linear
+    copied = copy.deepcopy(one)
+    llmkern.unpatch(copied)
+    assert type(copied[0]) is torch.nn.Linear
+    assert isinstance(one[0], PackedLinear)
+
+
+def test_a_layer_that_sits_in_two_places_is_replaced_in_both():
+    layer = torch.nn.Linear(16, 16)
+    model = torch.nn.Sequential(layer, torch.nn.ReLU(), layer)
+    llmkern.patch(model, "rtn-int8")
+    assert isinstance(model[0], PackedLinear)
+    assert model[0] is model[2]
+    llmkern.unpatch(model)
+    assert model[0] is layer
+    assert model[2] is layer
+
+
+def test_heads_tied_to_the_embeddings_are_left_and_reported():
+    model = tiny.llama(tie_word_embeddings=True)
+    report = llmkern.patch(model, "rtn-int8", ignore=())
+    assert {skip.name: skip.reason for skip in report.skipped}["lm_head"].startswith("its weight is tied")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_experts_are_reported():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    report = llmkern.patch(model, "rtn-int8")
+    experts = [skip for skip in report.skipped if "fused expert weights" in skip.reason]
+    assert len(experts) == 1
+    assert report.totals["coverage"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fields", "text"),
+    [
+        ("gptq-int4-g32", {}, "needs calibration"),
+        ("bf16", {}, "packs nothing"),
+        ("rtn-int4-g64", {}, r"layer 0 .*group_size must be in \[1, K=32\]"),
+        ("pack-2:4", {}, "layer 0 .*not 2:4"),
+        ("rtn-int8", {"targets": ["q_proj"]}, "matches no linear layer"),
+        ("rtn-int8", {"ignore": ["re:."]}, "no linear layer is left"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(scheme, fields, text):
+    model = tiny.mlp()
+    with pytest.raises(ValueError, match=text) as error:
+        llmkern.patch(model, scheme, **fields)
+    assert "\n" not in str(error.value)
+    assert packed_layers(model) == {}
+
+
+def test_patching_twice_is_refused():
+    model = tiny.mlp()
+    llmkern.patch(model, "rtn-int8")
+    with pytest.raises(ValueError, match="packed already"):
+        llmkern.patch(model, "rtn-int8")
+    llmkern.unpatch(model)
+    with pytest.raises(ValueError, match="not patched"):
+        llmkern.unpatch(model)
+    with pytest.raises(ValueError, match="no linear layers"):
+        llmkern.patch(torch.nn.ReLU(), "rtn-int8")

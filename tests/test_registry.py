@@ -1,0 +1,202 @@
+"""The table of kernels: order, force, why, LLMKERN_DISABLE; calls from several threads and from a forked child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from cases import CASES
+
+import llmkern
+from llmkern import _features
+from llmkern._registry import OPS
+
+NATIVE = _features.native is not None
+IN_BUILD = [level.name for level in _features.levels()]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter."""
+    variables = {name: value for name, value in os.environ.items() if name != "LLMKERN_DISABLE"} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=120)
+
+
+def test_kernels_lists_every_row() -> None:
+    rows = llmkern.kernels()
+    assert {row.op for row in rows} == set(OPS)
+    for op in OPS:
+        mine = llmkern.kernels(op)
+        assert mine == [row for row in rows if row.op == op]
+        assert len({row.kernel for row in mine}) == len(mine)
+        assert (mine[-1].kernel, mine[-1].device, mine[-1].runnable) == ("reference", "any", True)
+        for row in mine:
+            assert row.runnable == (row.reason == "")
+            assert row.device in ("cpu", "cuda", "any")
+    with pytest.raises(ValueError, match=r"^kernels: unknown op 'no_op'; known: .*int4_linear"):
+        llmkern.kernels("no_op")
+
+
+def test_best_level_comes_first() -> None:
+    best_first = [f"cpu.{name}" for name in reversed(IN_BUILD)]
+    for op in OPS:
+        native = [row.kernel for row in llmkern.kernels(op) if row.device == "cpu"]
+        if NATIVE:
+            assert native == [name for name in best_first if name in native]
+        else:
+            assert native == ["cpu.native"]
+            assert "native module failed to load" in llmkern.kernels(op)[0].reason
+
+
+def test_why_names_what_runs_and_why_the_rest_does_not() -> None:
+    for op in ("int8_linear", "sparse24_linear"):
+        case = CASES[op][3]
+        x = torch.ones(2, case.k)
+        lines = llmkern.why(op, x, case.weight()).splitlines()
+        rows = llmkern.kernels(op)
+        assert len(lines) == len(rows)
+        first = next(i for i, row in enumerate(rows) if row.runnable)
+        for i, (line, row) in enumerate(zip(lines, rows, strict=True)):
+            assert line.startswith(f"{op}: {row.kernel}: ")
+            text = line.removeprefix(f"{op}: {row.kernel}: ")
+            wanted = row.reason or ("runs" if i == first else "can run, but comes after the one that runs")
+            assert text == wanted
+        assert llmkern.why(getattr(llmkern.ops, op), x, case.weight()).splitlines() == lines
+        assert OPS[op].pick(*case.args(x, None)).name == rows[first].kernel
+    assert llmkern.why("linear", x, case.weight()).splitlines() == lines
+    with pytest.raises(ValueError, match=r"^why: unknown op 'no_op'"):
+        llmkern.why("no_op", x, case.weight())
+
+
+def test_why_for_another_device() -> None:
+    case = CASES["int8_linear"][3]
+    text = llmkern.why("int8_linear", torch.ones(2, case.k, device="meta"), case.weight().to("meta"))
+    for line, row in zip(text.splitlines(), llmkern.kernels("int8_linear"), strict=True):
+        assert line.endswith(row.reason or ("needs a cpu tensor, got meta" if row.device == "cpu" else ": runs"))
+
+
+def test_force_refuses_unknown_names_and_missing_rows() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^force: unknown kernel 'cpu.mmx'; known: .*reference"),
+        llmkern.force("cpu.mmx"),
+    ):
+        pass
+    op = OPS["int8_linear"]
+    case = CASES["int8_linear"][3]
+    args = case.args(torch.ones(2, case.k), None)
+    blocked = next((row for row in llmkern.kernels("int8_linear") if not row.runnable), None)
+    if blocked is not None:
+        with llmkern.force(blocked.kernel), pytest.raises(NotImplementedError, match="it cannot run here") as raised:
+            op(*args)
+        assert blocked.reason in str(raised.value)
+    foreign = {row.kernel for row in llmkern.kernels()} - {row.kernel for row in llmkern.kernels("int8_linear")}
+    for name in foreign:
+        with llmkern.force(name), pytest.raises(NotImplementedError, match="this op has no such kernel"):
+            op(*args)
+
+
+def test_force_ends_with_its_block_and_is_of_one_thread() -> None:
+    case = CASES["int8_linear"][3]
+    args = case.args(torch.ones(2, case.k), None)
+    usual = OPS["int8_linear"].pick(*args).name
+    seen = []
+    with llmkern.force("reference"):
+        assert OPS["int8_linear"].pick(*args).name == "reference"
+        other = threading.Thread(target=lambda: seen.append(OPS["int8_linear"].pick(*args).name))
+        other.start()
+        other.join()
+        with llmkern.force(usual):
+            assert OPS["int8_linear"].pick(*args).name == usual
+        assert OPS["int8_linear"].pick(*args).name == "reference"
+    assert seen == [usual]
+    assert OPS["int8_linear"].pick(*args).name == usual
+
+
+PRINT_ROWS = """
+import torch, llmkern
+from llmkern.formats import Int8Weight
+w = Int8Weight.pack(torch.ones(4, 8))
+print(llmkern.why("int8_linear", torch.ones(1, 8), w))
+llmkern.ops.int8_linear(torch.ones(1, 8), w)
+"""
+
+
+def test_disable_lowers_the_level() -> None:
+    runnable = [row.kernel for row in llmkern.kernels("int8_linear") if row.runnable]
+    for count in range(1, len(runnable)):
+        names = ",".join(name.removeprefix("cpu.") if count % 2 else name for name in runnable[:count])
+        done = python(PRINT_ROWS, LLMKERN_DISABLE=f" {names} ,")
+        assert done.returncode == 0, done.stderr
+        assert f"int8_linear: {runnable[count]}: runs" in done.stdout
+        for name in runnable[:count]:
+            assert f"int8_linear: {name}: {name} is disabled by LLMKERN_DISABLE" in done.stdout
+
+
+def test_disabling_everything_is_an_error_with_reasons() -> None:
+    done = python(PRINT_ROWS, LLMKERN_DISABLE=",".join(sorted({row.kernel for row in llmkern.kernels()})))
+    assert done.returncode == 1
+    assert "int8_linear: no kernel can run:" in done.stderr
+    assert "reference is disabled by LLMKERN_DISABLE" in done.stderr
+
+
+def test_disable_refuses_unknown_names() -> None:
+    done = python("import llmkern", LLMKERN_DISABLE="reference,cpu.mmx")
+    assert done.returncode == 1
+    assert "LLMKERN_DISABLE: unknown name 'cpu.mmx'; known: " in done.stderr
+
+
+def test_calls_from_several_threads(generator: torch.Generator) -> None:
+    work = []
+    for op, cases in CASES.items():
+        for case in [case for case in cases if (case.n, getattr(case, "k", 0)) in ((64, 576), (129, 260))][:2]:
+            for m in (1, 5, 40):
+                args = case.args(torch.randn((m, case.k), generator=generator), None)
+                work.append((op, args, OPS[op](*args)))
+    assert len(work) >= 12
+    wrong: list[str] = []
+    start = threading.Barrier(4)
+
+    def run(shift: int) -> None:
+        start.wait()
+        for i in range(3 * len(work)):
+            op, args, expected = work[(i * 7 + shift * 5) % len(work)]
+            y = OPS[op](*args)
+            if not torch.equal(y, expected) and not torch.allclose(y, expected, rtol=1e-4, atol=1e-4):
+                wrong.append(op)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native module is not built, and torch's own pool does not survive a fork")
+def test_a_forked_child_can_call_an_op(generator: torch.Generator) -> None:
+    op = "int8_linear"
+    assert OPS[op].pick(*CASES[op][3].args(torch.ones(2, CASES[op][3].k), None)).name.startswith("cpu.")
+    n, k = 1024, 1024  # large enough for several threads
+    w = llmkern.formats.Int8Weight.pack(torch.randn((n, k), generator=generator))
+    x = torch.randn((1, k), generator=generator)
+    expected = llmkern.ops.int8_linear(x, w)  # the pool has started
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(llmkern.ops.int8_linear(x, w), expected)
+        os._exit(0 if same else 3)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pytest.fail("the forked child hangs")

@@ -1,0 +1,108 @@
+"""Write the README's tables from what they are true of: kernels.def, and the committed results.
+
+`python tools/readme_tables.py` writes; tests/test_docs.py compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def built() -> dict[str, list[str]]:
+    """Op -> the CPU levels its kernels.def names, lowest first; an op without one has only its reference."""
+    ops = sorted(path.parent.name for path in (ROOT / "python/llmkern/ops").glob("*/reference.py"))
+    found = {}
+    for op in ops:
+        rows = ROOT / "csrc/cpu" / op / "kernels.def"
+        text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
+        found[op] = re.findall(r"^LLMKERN_KERNEL\((\w+)\)", text, re.MULTILINE)
+    return found
+
+
+def levels() -> list[str]:
+    """Every level of levels.def, lowest first."""
+    text = (ROOT / "csrc/common/levels.def").read_text(encoding="utf-8")
+    return re.findall(r"^LLMKERN_LEVEL\((\w+),", text, re.MULTILINE)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def kernels_table() -> str:
+    """Op x level."""
+    ops = built()
+    columns = [level for level in levels() if any(level in names for names in ops.values())]
+    rows = [[f"`{op}`"] + ["yes" if level in names else "" for level in columns] for op, names in ops.items()]
+    return table(["op", *(f"`cpu.{level}`" for level in columns)], rows)
+
+
+def results() -> str:
+    """What has been measured, file by file; a file that is not there gives no words."""
+    parts = [section(read(name)) for name, section in SECTIONS if (RESULTS / f"{name}.json").is_file()]
+    return "\n\n".join(parts) if parts else "Nothing has been measured yet."
+
+
+def read(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def where(result: dict[str, Any]) -> str:
+    """Machine and commit of a result."""
+    machine = result["machine"]
+    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
+
+
+def quality(result: dict[str, Any]) -> str:
+    """The perplexities."""
+    rows = [
+        [f"`{row['recipe']}`", f"{row['perplexity']:.2f}", f"{row['wanted']:.2f}", f"{row['papers']:.2f}"]
+        for row in result["rows"]
+    ]
+    head = "Perplexity of SmolLM2-135M on CPython's documentation, calibrated with 32 windows of 512 tokens"
+    header = ["recipe", "here", "goal", "the published algorithm"]
+    return f"{head} (`bench/results/quality.json`; {where(result)}):\n\n{table(header, rows)}"
+
+
+def demo(result: dict[str, Any]) -> str:
+    """The demo's table."""
+    rows = [
+        [
+            f"`{row['recipe']}`",
+            f"{row['perplexity']:.2f}",
+            f"{row['linear_bytes'] / 1e6:.1f}",
+            f"{row['model_bytes'] / 1e6:.1f}",
+            f"{row['prefill_tokens_per_s']:.0f}",
+            f"{row['decode_tokens_per_s']:.1f}",
+            f"{row['compress_seconds']:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["recipe", "perplexity", "linear MB", "model MB", "prefill tok/s", "decode tok/s", "compress s"]
+    return f"`make demo` (`bench/results/demo.json`; {where(result)}):\n\n{table(header, rows)}"
+
+
+SECTIONS = (("quality", quality), ("demo", demo))
+
+
+def rendered(text: str) -> str:
+    """The README with its tables as they should be."""
+    for name, body in (("kernels", kernels_table()), ("results", results())):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        head, rest = text.split(start)
+        text = f"{head}{start}\n\n{body}\n\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
