@@ -9,6 +9,12 @@ namespace llmkern::LLMKERN_NS {
 
 #include "cpu/linear/scales.inl"
 
+#include "cpu/linear/source.inl"
+
+#include "cpu/linear/stream.inl"
+
+#include "cpu/linear/multiply.inl"
+
 #include "cpu/linear/driver.inl"
 
 }  // namespace llmkern::LLMKERN_NS
