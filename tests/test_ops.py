@@ -142,6 +142,29 @@ def test_quantized_activations_at_the_edges(op: str, row: str, generator: torch.
         testing.assert_within(y, *expected(case, x, None), f"{op} on {row}, {case}")
 
 
+@pytest.mark.of_ops(*LINEAR_OPS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_results_are_rounded_to_nearest(op: str, row: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Small integers on both sides, so that every sum is exact in fp32 and only the store rounds."""
+    for case in (case for case in CASES[op] if (case.n, case.k) in ((33, 75), (64, 576))):
+        if op == "int4_linear" and quantizes_x(case):
+            continue  # a scale per group of x, none of them a power of two
+        for m in (1, 20):
+            x = torch.randint(-3, 4, (m, case.k), generator=generator).to(dtype)
+            x[:, 0] = 127  # quantized to int8, its scale is 1
+            args = list(case.args(x, None))
+            tensors = case.weight().tensors()
+            if "scales" in tensors:
+                args[place_of(op, "scales")] = torch.ones_like(tensors["scales"])
+            else:
+                args[place_of(op, "values")] = (tensors["values"] * 16).round()
+            with forced("reference"):
+                exact = OPS[op](x.float(), *args[1:])
+            assert torch.equal(exact, exact.round())
+            with forced(row):
+                assert torch.equal(OPS[op](*args), exact.to(dtype)), f"{case}, M={m}"
+
+
 @pytest.mark.of_ops("int4_linear", "sparse24_int4_linear")
 def test_pad_nibbles_do_not_matter(op: str, row: str, generator: torch.Generator) -> None:
     for case in (case for case in CASES[op] if (case.n, case.k) == (33, 75)):

@@ -163,6 +163,9 @@ def test_a_bare_pattern_in_yaml_is_no_number(tmp_path):
         ("bits: 4\n", "wanted a method"),
         ("- gptq\n", "wanted a mapping"),
         ("method: [gptq\n", "not YAML"),
+        ("recipe: gptq-int4\ntargets: 5\n", "targets must be a pattern or a list of patterns, got 5"),
+        ("recipe: gptq-int4\noverrides: 5\n", "overrides must be a mapping of patterns to changes, got 5"),
+        ("recipe: gptq-int4\noverrides: [q_proj, k]\n", "overrides must be a mapping of patterns"),
         ("method: !!python/object/apply:os.getcwd []\n", "not YAML"),
     ],
 )
@@ -172,3 +175,11 @@ def test_load_refuses_what_is_no_recipe(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         Recipe.load(path)
     assert "\n" not in str(error.value)
+
+
+def test_load_names_the_file_it_cannot_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^recipe .*none\.yaml: no such file$"):
+        Recipe.load(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"^recipe .*binary\.yaml: not UTF-8 text"):
+        Recipe.load(tmp_path / "binary.yaml")

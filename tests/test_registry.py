@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,13 +158,17 @@ def test_calls_from_several_threads(generator: torch.Generator) -> None:
             for m in (1, 5, 40):
                 args = case.args(torch.randn((m, case.k), generator=generator), None)
                 work.append((op, args, OPS[op](*args)))
-    assert len(work) >= 12
+    w = llmkern.formats.Int8Weight.pack(torch.randn((2048, 512), generator=generator))  # worth two threads
+    x = torch.randn((1, 512), generator=generator)
+    work += [("int8_linear", (x, *w.op_args(None)), llmkern.ops.int8_linear(x, w))] * len(work)
+    assert len(work) >= 24
     wrong: list[str] = []
     start = threading.Barrier(4)
 
     def run(shift: int) -> None:
+        torch.set_num_threads(2)  # else no call asks for the pool, and no two callers meet there
         start.wait()
-        for i in range(3 * len(work)):
+        for i in range(6 * len(work)):
             op, args, expected = work[(i * 7 + shift * 5) % len(work)]
             y = OPS[op](*args)
             if not torch.equal(y, expected) and not torch.allclose(y, expected, rtol=1e-4, atol=1e-4):
@@ -185,11 +190,19 @@ def test_a_forked_child_can_call_an_op(generator: torch.Generator) -> None:
     n, k = 1024, 1024  # large enough for several threads
     w = llmkern.formats.Int8Weight.pack(torch.randn((n, k), generator=generator))
     x = torch.randn((1, k), generator=generator)
-    expected = llmkern.ops.int8_linear(x, w)  # the pool has started
+    torch.set_num_threads(2)
+    try:
+        expected = llmkern.ops.int8_linear(x, w)  # the pool has started
+    finally:
+        torch.set_num_threads(1)
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(2)
         same = torch.equal(llmkern.ops.int8_linear(x, w), expected)
-        os._exit(0 if same else 3)
+        # The parent's workers are not here: the child's own must have started.
+        tasks = Path("/proc/self/task")
+        alone = tasks.is_dir() and len(os.sched_getaffinity(0)) > 1 and len(list(tasks.iterdir())) < 2
+        os._exit(3 if not same else 4 if alone else 0)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -27,7 +27,7 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
     Raises ImportError when transformers or the demo's model is not installed, with the command that installs it;
     FileNotFoundError or OSError when there is no such model.
     """
-    _need_transformers()
+    need_transformers()
     if name == "smollm2":
         model, tokenizer = _load_smollm2()
         return Loaded(model.to(device) if device is not None else model, tokenizer)
@@ -51,7 +51,7 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a MODEL. Raises ValueError when it has none."""
-    _need_transformers()
+    need_transformers()
     from transformers import AutoTokenizer
 
     if name == "smollm2":
@@ -90,6 +90,7 @@ def _load_smollm2() -> Loaded:
     return Loaded(model.eval(), load_tokenizer("smollm2"))
 
 
-def _need_transformers() -> None:
+def need_transformers() -> None:
+    """Raise ImportError with the command that installs transformers, if it is missing."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError(f"loading a model needs transformers >= 5: {HF_INSTALL}")

@@ -96,7 +96,9 @@ def choose(model: nn.Module, recipe: Recipe, caller: str) -> tuple[dict[str, Rec
         k = dense_weight(layers[name]).shape[1]
         if wanted.group_size is not None and wanted.group_size > k:
             # Checked for all layers at once: the solver would refuse too, but after the layers before were changed.
-            raise ValueError(f"{caller}: layer {name} ({wanted}): group_size must be in [1, K={k}]")
+            raise ValueError(
+                f"{caller}: layer {name} ({wanted}): group_size must be in [1, K={k}], got {wanted.group_size}"
+            )
     if not chosen:
         reasons = "; ".join(sorted({f"{reason}" for reason in skipped.values()}))
         raise ValueError(f"{caller}: no linear layer is left to replace: {reasons}")

@@ -66,10 +66,17 @@ class Recipe:
                 object.__setattr__(self, name, str(value).removeprefix("torch."))
         for name in ("targets", "ignore"):
             value = getattr(self, name)
-            value = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-            object.__setattr__(self, name, value)
+            value = () if value is None else (value,) if isinstance(value, str) else value
+            if not isinstance(value, Iterable):
+                raise ValueError(f"recipe: {name} must be a pattern or a list of patterns, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        object.__setattr__(self, "overrides", tuple((pattern, changes) for pattern, changes in pairs))
+        try:
+            pairs = tuple((pattern, changes) for pattern, changes in pairs)
+        except (TypeError, ValueError):
+            wanted = "a mapping of patterns to changes"
+            raise ValueError(f"recipe: overrides must be {wanted}, got {self.overrides!r}") from None
+        object.__setattr__(self, "overrides", pairs)
         self._validate()
 
     def _validate(self) -> None:
@@ -128,12 +135,20 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """A recipe from a YAML file: the fields of this class, and `recipe:` for a short form to start from.
 
-        Raises ValueError for a file that is no mapping, an unknown key (with a suggestion) or a bad value.
+        Raises FileNotFoundError without the file, ImportError without PyYAML, and ValueError for a file that is no
+        mapping, an unknown key (with a suggestion) or a bad value.
         """
-        import yaml
+        try:
+            import yaml
+        except ImportError:
+            raise ImportError(f"recipe {path}: recipe files need PyYAML: pip install 'llmkern[hf]'") from None
 
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"recipe {path}: no such file") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         except yaml.YAMLError as error:
             raise ValueError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(data, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,9 @@ def megabytes(size: int) -> Number:
 
 def quiet_transformers() -> None:
     """No advice and, when nobody watches, no bars from transformers in the middle of our own lines."""
+    from llmkern.models import need_transformers
+
+    need_transformers()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -91,7 +95,15 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def refuse_foreign(out: Path, marker: str = "llmkern.json") -> None:
-    """Raise FileExistsError unless `out` is absent, an empty folder, or a folder that holds our `marker` file."""
+    """Raise unless `out` can be made, is an empty folder, or is a folder that holds our `marker` file.
+
+    FileExistsError for what is there already, NotADirectoryError or PermissionError where no folder can be made.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"--out {out}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"--out {out}: {parent} cannot be written to")
     if not out.exists():
         return
     if not out.is_dir():
