@@ -146,7 +146,7 @@ def solve_block(method: Method, block: Sequence[Shared]) -> Iterator[tuple[str, 
             yield "reference", done.seconds
             yield "reference_loop", done.loop_seconds
     for name in ("same", "default"):
-        hessians = [Hessian.from_matrix(shared.matrix) for shared in block]
+        hessians = [Hessian.from_matrix(shared.matrix) for shared in block]  # as calibration hands them over
         start = time.perf_counter()
         for shared, hessian in zip(block, hessians, strict=True):
             for w in shared.weights:

@@ -1,30 +1,48 @@
-"""Dense fp32 products by oneDNN: what calibration spends its time in."""
+"""Dense fp32 products by oneDNN: what calibration and the solvers spend their time in.
+
+torch's own path for fp32 on CPU is MKL, which reached 210 GFLOP/s where oneDNN reached 480 (2 cores of an AMD EPYC with
+AVX-512; [576, 1536] @ [1536, 128] and larger). The result is fp32 either way. Where torch was built without oneDNN,
+torch's own product runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
+# Fewer multiplications than this take longer to hand over than to do.
+WORTH = 1 << 18
+
+
+@cache
+def _onednn() -> torch._ops.OpOverloadPacket | None:
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, K] @ b [K, M], fp32, without gradients; a new tensor."""
+    op = _onednn()
+    if op is None or not _fits(a, b) or a.shape[0] * a.shape[1] * b.shape[1] < WORTH:
+        return a @ b
+    # oneDNN has no fast path for a matrix that is a part of a wider one.
+    weight = b.T if b.is_contiguous() or b.T.is_contiguous() else b.contiguous().T
+    return op(a.contiguous(), weight, None, "none", [], "")
+
 
 @contextmanager
 def dense_by_onednn(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; without gradients.
-
-    torch's own path for fp32 is MKL, which reached 70 GFLOP/s where oneDNN reached 155 (2 cores of an AMD EPYC with
-    AVX-512, [4096, 576] @ [576, 1536]). The result is fp32 either way. Where torch was built without oneDNN, nothing
-    changes.
-    """
-    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; without gradients."""
+    op = _onednn()
     taken = []
-    if product is not None:
+    if op is not None:
         for layer in model.modules():
             # A forward set on the instance (by a library that moves weights) must stay in charge.
             if type(layer) is nn.Linear and "forward" not in vars(layer):
-                layer.forward = partial(_forward, layer, product)  # type: ignore[method-assign]
+                layer.forward = partial(_forward, layer, op)  # type: ignore[method-assign]
                 taken.append(layer)
     try:
         yield
@@ -33,8 +51,12 @@ def dense_by_onednn(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _forward(layer: nn.Linear, product: torch._ops.OpOverloadPacket, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, op: torch._ops.OpOverloadPacket, x: Tensor) -> Tensor:
     weight = layer.weight
-    if x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu" and x.numel():
-        return product(x, weight, layer.bias, "none", [], "")
+    if _fits(x, weight) and x.numel():
+        return op(x, weight, layer.bias, "none", [], "")
     return nn.functional.linear(x, weight, layer.bias)
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"

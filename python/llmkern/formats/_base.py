@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -96,7 +97,11 @@ def check_scale_values(name: str, scales: Tensor) -> None:
 
 def check_finite(name: str, label: str, values: Tensor) -> None:
     """ValueError for a NaN or infinite value."""
-    if values.is_floating_point() and not torch.isfinite(values).all():
+    if not values.is_floating_point() or not values.numel():
+        return
+    # One pass: a NaN or infinity anywhere makes the sum one. A sum may also overflow, so then each value is looked at.
+    total = values.sum(-1, dtype=None if values.dtype == torch.float64 else torch.float32).sum()
+    if not math.isfinite(float(total)) and not torch.isfinite(values).all():
         raise ValueError(f"{name}: {label} hold a NaN or an infinity")
 
 

@@ -37,7 +37,7 @@ def choose_positions(name: str, weight: Tensor, mask: Tensor | None) -> Tensor:
     n, k = weight.shape
     if keep.shape != weight.shape:
         raise ValueError(f"{name}: mask must be {list(weight.shape)}, got {list(keep.shape)}")
-    if mask is not None and bool((weight.masked_fill(mask, 0) != 0).any()):
+    if mask is not None and bool(((weight != 0) & ~mask).any()):
         raise ValueError(f"{name}: weight is not 0 where the mask prunes it")
     quads = torch.nn.functional.pad(keep, (0, -k % 4)).view(n, -(-k // 4), 4).view(torch.uint8)
     bits = quads[..., 0] | quads[..., 1] << 1 | quads[..., 2] << 2 | quads[..., 3] << 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern import ops
+from llmkern._dense import product
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.hessian import Hessian
 
@@ -23,12 +25,13 @@ def admm_mask(w: Tensor, hessian: Hessian, damp: float, pattern: Pattern) -> Ten
     """
     scale, energies, basis = hessian.spectrum(damp)
     scaled = w * scale
-    target = (scaled @ basis).mul_(energies)
+    target = product(scaled, basis).mul_(energies)
     penalty = FIRST_PENALTY * float(energies.mean())
     z, u = _project(scaled, pattern)[0], torch.zeros_like(scaled)
     mask = torch.ones_like(w, dtype=torch.bool)
     for _ in range(STEPS):
-        x = ((z - u) @ basis).mul_(penalty).add_(target).div_(energies + penalty) @ basis.T
+        x = product(z - u, basis).mul_(penalty).add_(target).div_(energies + penalty)
+        x = product(x, basis.T)
         z, mask = _project(x + u, pattern)
         u += x - z
         # u is the multiplier over the penalty, so it shrinks as the penalty grows.
@@ -38,9 +41,24 @@ def admm_mask(w: Tensor, hessian: Hessian, damp: float, pattern: Pattern) -> Ten
 
 
 def _project(x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The nearest n:m matrix, and its mask: of every m columns the m - n largest stay."""
-    n, k = x.shape
-    size = torch.nn.functional.pad(x.abs(), (0, -k % pattern.m), value=-1.0).view(n, -1, pattern.m)
-    kept = size.topk(pattern.m - pattern.n, dim=-1).indices
-    mask = torch.zeros_like(size, dtype=torch.bool).scatter_(2, kept, True).view(n, -1)[:, :k].contiguous()
-    return x * mask, mask
+    """The nearest n:m matrix, and its mask: of every m columns the m - n largest stay (a short last group: `of_tail`).
+
+    Groups as rows of m columns, with nothing to feed back: SparseGPT's column block of those.
+    """
+    k = x.shape[1]
+    whole = k - k % pattern.m
+    z, mask = _project_groups(x[:, :whole], pattern.n, pattern.m)
+    if whole < k:
+        tail, kept = _project_groups(x[:, whole:], pattern.of_tail(k - whole), k - whole)
+        z, mask = torch.cat([z, tail], 1), torch.cat([mask, kept], 1)
+    return z, mask
+
+
+def _project_groups(x: Tensor, prune: int, width: int) -> tuple[Tensor, Tensor]:
+    """x [N, a multiple of width] without its `prune` least values in every `width` columns, and the mask."""
+    rows = x.reshape(-1, width).contiguous()
+    unit = torch.eye(width, device=x.device)
+    z, mask = ops.sparsegpt_block(
+        rows, rows, unit, unit.diagonal().contiguous(), None, prune, width, None, None, None, 0
+    )
+    return z.view(x.shape), mask.view(x.shape)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
+from llmkern._dense import product
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
 
-# Values [N, B] and the places they are at -> their grid, one group.
+# Values [N, B] and the places they are at, whole groups (the last of K may be short) -> their grid.
 FindGrid = Callable[[Tensor, slice], Grid]
 BLOCK = 128  # columns per kernel call: the papers' block size
 CANCELLED = 1e-2  # below this share of the damped energy, the undamped one is a difference of nearly equal numbers
@@ -34,7 +35,7 @@ def compensated(w: Tensor, difference: Tensor, factor: Factor, at: slice) -> Ten
     """Columns `at` of w, contiguous, with the feedback of the differences of all columns before them."""
     if at.start == 0:
         return w[:, at].contiguous()
-    return torch.addmm(w[:, at], difference[:, : at.start], factor.unit[: at.start, at])
+    return product(difference[:, : at.start], factor.unit[: at.start, at]).add_(w[:, at])
 
 
 def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
@@ -42,7 +43,10 @@ def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
 
     `unit` is their block of V'. GPTQ as published keeps these values in place of `wc`.
     """
-    return w + torch.linalg.solve_triangular(unit, wc - w, upper=True, left=False, unitriangular=True)
+    # A triangular solve with this many right-hand sides takes three times as long as inverting the small block.
+    eye = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+    inverse = torch.linalg.solve_triangular(unit, eye, upper=True, unitriangular=True)
+    return product(wc - w, inverse).add_(w)
 
 
 def gptq_columns(
@@ -52,8 +56,8 @@ def gptq_columns(
     """GPTQ over all columns of w [N, K]; w, mask and the result are in natural order, whatever the factor's.
 
     Returns q and its `undamped` energy. With `dynamic`, groups are of consecutive places of the factor's order, and
-    each group's column of the grid is overwritten by `dynamic(values, places)`, found when the block it starts in
-    begins, from the values compensated so far, as published.
+    the grid of the groups that start in a block is overwritten by `dynamic(values, places)` when the block begins, from
+    the values compensated so far, as published.
     """
     k = w.shape[1]
     if factor.order is not None:
@@ -86,24 +90,22 @@ def _start_groups(w: Tensor, difference: Tensor, factor: Factor, grid: Grid, at:
     wc = compensated(w, difference, factor, wide)
     if first < last:
         values = optimal(w[:, wide], wc, factor.unit[wide, wide])
-        for group in range(first, last):
-            places = slice(group * size, min((group + 1) * size, k))
-            found = find(values[:, places.start - at.start : places.stop - at.start].contiguous(), places)
-            grid.scales[:, group] = found.scales[:, 0]
-            if grid.zeros is not None and found.zeros is not None:
-                grid.zeros[:, group] = found.zeros[:, 0]
+        found = find(values[:, first * size - at.start :].contiguous(), slice(first * size, wide.stop))
+        grid.scales[:, first:last] = found.scales
+        if grid.zeros is not None and found.zeros is not None:
+            grid.zeros[:, first:last] = found.zeros
     return wc[:, :width].contiguous()
 
 
 def _block_energy(before: Tensor, wc: Tensor, difference: Tensor, factor: Factor, at: slice) -> Tensor:
     """fp64 scalar: what columns `at` add to tr(D H Dᵀ) of the damped Hessian, as |D V|² by columns of V."""
-    error = torch.addmm(wc - before, difference, factor.unit[at, at])
-    return error.mul_(factor.diagonal[at]).square_().sum(dtype=torch.float64)
+    error = product(difference, factor.unit[at, at]).add_(wc).sub_(before)
+    return error.mul_(factor.diagonal[at]).square_().sum(1).sum(dtype=torch.float64)
 
 
 def undamped(energy: Tensor, difference: Tensor, factor: Factor) -> float:
     """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
-    without = energy - factor.added * difference.square().sum(dtype=torch.float64)
+    without = energy - factor.added * difference.square().sum(1).sum(dtype=torch.float64)
     return float(without if without > CANCELLED * energy else torch.nan)
 
 
@@ -174,7 +176,7 @@ def descend(w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | Non
     k = w.shape[1]
     groups = grid.groups(None, k)
     diagonal = damped.diagonal()
-    slope = (w - q) @ damped  # minus half the gradient
+    slope = product(w - q, damped)  # minus half the gradient
     for index in range(passes):
         for at in blocks(k):
             before = q[:, at].contiguous()
@@ -184,5 +186,5 @@ def descend(w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | Non
             chosen = ops.gptq_block(before, target, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
             q[:, at] = chosen
             rest = slice(at.stop if index == passes - 1 else 0, k)
-            slope[:, rest].addmm_(before - chosen, damped[at, rest])
+            slope[:, rest] += product(before - chosen, damped[at, rest])
     return q

@@ -61,7 +61,7 @@ def gptq(
     grid = find_grid(kept, importance, group_size=group_size, **options)
 
     def find(values: Tensor, places: slice) -> Grid:
-        return find_grid(values, importance[places], group_size=values.shape[1], **options)
+        return find_grid(values, importance[places], group_size=min(group_size, values.shape[1]), **options)
 
     dynamic = find if act_order == "dynamic" and group_size < w.shape[1] else None
     q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)

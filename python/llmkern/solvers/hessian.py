@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern._dense import product
+
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
 # a GEMM to run at full speed.
 BLOCK = 256
@@ -86,9 +88,10 @@ class Hessian:
         bad = ~torch.isfinite(rows.square().sum(0))
         if bad.any():
             raise ValueError(f"Hessian.add: x has non-finite values (or squares) in feature {int(bad.nonzero()[0])}")
+        columns = rows.T.contiguous()
         for start in range(0, self.k, BLOCK):
             at = slice(start, start + BLOCK)
-            self._sum[at, start:].addmm_(rows[:, at].T, rows[:, start:])
+            self._sum[at, start:] += product(columns[at], columns[start:].T)
         self.tokens += len(rows)
         self._changed()
         return self
@@ -213,7 +216,7 @@ def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> 
         at = slice(start, stop)
         rest = matrix[:stop, at]
         if stop < k:
-            rest = torch.addmm(rest, upper[:stop, stop:], upper[at, stop:].T, alpha=-1)
+            rest = rest - product(upper[:stop, stop:], upper[at, stop:].T)
         lower, info = torch.linalg.cholesky_ex(rest[start:].flip(0, 1))
         corner = lower.flip(0, 1)
         pivots = corner.diagonal()
@@ -221,5 +224,7 @@ def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> 
             return None
         upper[at, at] = corner
         if start:
-            upper[:start, at] = torch.linalg.solve_triangular(corner.T, rest[:start], upper=False, left=False)
+            # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
+            inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start, dtype=dtype), upper=True)
+            upper[:start, at] = product(rest[:start], inverse.T)
     return upper

@@ -155,6 +155,13 @@ def _find(quantizer: Any, values: Tensor) -> Grid:
     return _as_grid(quantizer, values.shape[1])
 
 
+def _find_groups(quantizer: Any, w: Tensor, size: int) -> Grid:
+    """The quantizer's parameters for every `size` columns of w [N, K]."""
+    found = [_find(quantizer, w[:, at : at + size].contiguous()) for at in range(0, w.shape[1], size)]
+    zeros = torch.cat([group.zeros for group in found if group.zeros is not None], 1)
+    return Grid(torch.cat([group.scales for group in found], 1), zeros, size, found[0].bits)
+
+
 class GPTQ(_LayerSolver):
     """GPTQ of one layer; set `quantizer` (a configured `Quantizer`) before `fasterquant`."""
 
@@ -181,11 +188,9 @@ class GPTQ(_LayerSolver):
         if groupsize == -1:
             grid = _as_grid(self.quantizer, size)
         else:
-            found = [_find(self.quantizer, target[:, at : at + size].contiguous()) for at in range(0, w.shape[1], size)]
-            zeros = torch.cat([group.zeros for group in found if group.zeros is not None], 1)
-            grid = Grid(torch.cat([group.scales for group in found], 1), zeros, size, found[0].bits)
+            grid = _find_groups(self.quantizer, target, size)
             if not static_groups:
-                dynamic = lambda values, places: _find(self.quantizer, values)  # noqa: E731
+                dynamic = lambda values, places: _find_groups(self.quantizer, values, size)  # noqa: E731
         q, lost = gptq_columns(target, factor, grid, dynamic=dynamic, width=blocksize)
         self.loss, self.notes = relative_loss(w, q, state, lost), factor.notes
         self._write(q)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern._dense import product
+
 
 def refit(w: Tensor, start: Tensor, mask: Tensor, damped: Tensor, steps: int) -> Tensor:
     """The weights x [N, K], 0 off the mask, of least (w - x) damped (w - x)ᵀ per row, from `start`.
@@ -14,11 +16,11 @@ def refit(w: Tensor, start: Tensor, mask: Tensor, damped: Tensor, steps: int) ->
     kept = mask.to(w.dtype)
     inverse = kept / damped.diagonal()
     x = start * kept
-    residual = ((w - x) @ damped).mul_(kept)
+    residual = product(w - x, damped).mul_(kept)
     direction = residual * inverse
     energy = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
-        image = (direction @ damped).mul_(kept)
+        image = product(direction, damped).mul_(kept)
         curvature = (direction * image).sum(1, keepdim=True)
         # A row that has converged (or keeps nothing) has zero energy and no more steps to take.
         step = torch.where(curvature > 0, energy / curvature, 0.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern._dense import product
 from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import BLOCK, Hessian
@@ -47,9 +48,9 @@ def energy(x: Tensor, hessian: Hessian) -> float:
     total = x.new_zeros((), dtype=torch.float64)
     for start in range(0, k, BLOCK):
         at = slice(start, start + BLOCK)
-        total += (x[:, at] @ matrix[at, at]).mul_(x[:, at]).sum(dtype=torch.float64)
+        total += product(x[:, at], matrix[at, at]).mul_(x[:, at]).sum(1).sum(dtype=torch.float64)
         if start:
-            total += 2 * (x[:, :start] @ matrix[:start, at]).mul_(x[:, at]).sum(dtype=torch.float64)
+            total += 2 * product(x[:, :start], matrix[:start, at]).mul_(x[:, at]).sum(1).sum(dtype=torch.float64)
     return float(total)
 
 
