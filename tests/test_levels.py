@@ -38,6 +38,7 @@ FORBIDDEN = {
     "baseline": tuple(MARKS),
     "avx2": ("AVX-512", "AVX-512 BF16 or FP16", "AMX"),
     "avx512_vnni": ("AVX-512 BF16 or FP16", "AMX"),
+    "avx512_bf16": ("AMX",),
     "amx": ("AVX-512 BF16 or FP16",),
 }
 

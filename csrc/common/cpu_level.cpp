@@ -35,7 +35,7 @@ uint64_t enabled_states() {
 }
 
 Cpu ask() {
-    const Leaf one = cpuid(1, 0), seven = cpuid(7, 0);
+    const Leaf one = cpuid(1, 0), seven = cpuid(7, 0), more = cpuid(7, 1);
     const uint64_t states = bit(one.ecx, 27) ? enabled_states() : 0;
     const bool ymm = (states & 0x6) == 0x6;           // SSE and AVX
     const bool zmm = ymm && (states & 0xe0) == 0xe0;  // opmask, upper ZMM0-15, ZMM16-31
@@ -52,6 +52,7 @@ Cpu ask() {
     cpu.avx512vbmi = zmm && bit(seven.ecx, 1);
     cpu.avx512vbmi2 = zmm && bit(seven.ecx, 6);
     cpu.avx512vnni = zmm && bit(seven.ecx, 11);
+    cpu.avx512bf16 = zmm && bit(more.eax, 5);
     cpu.amx_bf16 = tmm && bit(seven.edx, 22);
     cpu.amx_tile = tmm && bit(seven.edx, 24);
     cpu.amx_int8 = tmm && bit(seven.edx, 25);

@@ -8,7 +8,7 @@ namespace llmkern {
 // Instruction sets that both the processor and the operating system (saved registers) support.
 struct Cpu {
     bool avx2, fma, f16c, bmi2;
-    bool avx512f, avx512bw, avx512dq, avx512vl, avx512vnni, avx512vbmi, avx512vbmi2;
+    bool avx512f, avx512bw, avx512dq, avx512vl, avx512vnni, avx512vbmi, avx512vbmi2, avx512bf16;
     bool amx_tile, amx_int8, amx_bf16;
 };
 

@@ -12,6 +12,7 @@
 #include "cpu/int4_linear/int4_linear.h"
 #include "cpu/int8_dynamic_linear/int8_dynamic_linear.h"
 #include "cpu/int8_linear/int8_linear.h"
+#include "cpu/peaks/peaks.h"
 #include "cpu/scale_search/scale_search.h"
 #include "cpu/sparse24_int4_linear/sparse24_int4_linear.h"
 #include "cpu/sparse24_linear/sparse24_linear.h"
@@ -117,6 +118,23 @@ void def_scale_search(py::module_& op, const char* level, void (*run)(const Scal
         NoGil());
 }
 
+void def_peaks(py::module_& peaks, const char* level, double (*multiply_add)(Factors, int64_t, int),
+               void (*read)(const void*, int64_t, int64_t, int64_t, int)) {
+    py::module_ mine = peaks.def_submodule(level);
+    mine.def(
+        "multiply_add",
+        [multiply_add](int factors, int64_t rounds, int threads) {
+            return multiply_add(Factors(factors), rounds, threads);
+        },
+        NoGil());
+    mine.def(
+        "read",
+        [read](Address data, int64_t bytes, int64_t streams, int64_t ahead, int threads) {
+            read(at<void>(data), bytes, streams, ahead, threads);
+        },
+        NoGil());
+}
+
 py::list levels_list() {
     py::list rows;
     for (const Level& level : levels()) rows.append(py::make_tuple(level.name, level.available, level.flags));
@@ -174,6 +192,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #define LLMKERN_KERNEL(level) def_scale_search(scale_search_module, #level, level::scale_search);
 #include "cpu/scale_search/kernels.def"
 #undef LLMKERN_KERNEL
+
+    py::module_ peaks = m.def_submodule("peaks");
+#define LLMKERN_PEAKS(level) def_peaks(peaks, #level, level::multiply_add, level::read);
+#include "cpu/peaks/peaks.def"
+#undef LLMKERN_PEAKS
 }
 
 }  // namespace llmkern

@@ -11,6 +11,7 @@ bitmask_linear: ModuleType
 gptq_block: ModuleType
 sparsegpt_block: ModuleType
 scale_search: ModuleType
+peaks: ModuleType
 
 def levels() -> list[tuple[str, bool, str]]:
     """(name, available here, compile flags) of every CPU level, lowest first."""
