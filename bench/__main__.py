@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("import_cost", "linear", "solvers", "quality", "demo")
+BENCHMARKS = ("import_cost", "linear", "generate", "solvers", "quality", "demo")
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import llmkern
-from bench.linear import weights
 from llmkern._registry import OPS
 from llmkern.ops import linear_args
+from llmkern_cli._bench.ours import VARIANTS
+from llmkern_cli._bench.weights import Weights
 
 N, K, GROUP = 1536, 576, 64
-PACKED = weights(N, K, GROUP)
+WEIGHTS = Weights(N, K, GROUP)
+PACKED = {variant.op: WEIGHTS.packed[variant.weight] for variant in VARIANTS}
 ROWS = [(row.op, row.kernel) for row in llmkern.kernels() if row.runnable and row.op in PACKED]
 
 

@@ -1,34 +1,62 @@
-"""The benchmarks themselves: what they time is right, and their rows are complete."""
+"""The benchmark itself: what it times is right, its rows are complete, its goals are judged by what was measured."""
 
 import itertools
+import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from bench import linear, shapes, timing
+import llmkern_cli
+from bench import results
+from llmkern import _features
+from llmkern_cli._bench import generate, goals, limits, measure, ours, peers, plot, shapes, timing
+from llmkern_cli._bench.candidate import CLASSES, KEPT, PER_GROUP, PER_ROW
+from llmkern_cli._bench.weights import Weights
 
-LIMIT = {"read_gb_s": 10.0, "float32_gflop_s": 100.0, "bfloat16_gflop_s": 100.0}
+LIMITS = {"read_gb_s": 10.0, "float32_gop_s": 100.0, "bfloat16_gop_s": 100.0, "int8_gop_s": 200.0, "peaks": {}}
 KEYS = {
     "op", "kernel", "peer", "n", "k", "m", "group_size", "dtype", "activations", "threads", "median_us", "spread",
     "limit_share", "ratio_to_dense", "error", "skipped",
 }  # fmt: skip
+TORCH_ONLY = ("torch_dense", "torch_packed", "torch_dynamic")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few copies, and limits from a moment: what is tested here is not the speed."""
+    monkeypatch.setattr(timing, "COLD_BYTES", 1 << 16)
+    monkeypatch.setattr(limits, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(limits.measure, "__kwdefaults__", {"read_bytes": 1 << 20, "run_seconds": 1e-5})
 
 
 def test_shapes_by_name_and_by_size():
     assert shapes.parse("smollm2,576x576,3x4") == [(576, 576), (192, 576), (1536, 576), (576, 1536), (3, 4)]
-    for text in ("nonsense", "3x", "3x4x5", ""):
+    assert shapes.parse("4096,128") == [(4096, 128)]
+    for text in ("nonsense", "3x", "3x4x5", "", "0x4"):
         with pytest.raises(ValueError, match="wanted NxK or one of smollm2"):
             shapes.parse(text)
 
 
-def test_every_candidate_is_timed_in_every_round():
+def test_every_candidate_is_timed_in_every_round_on_the_next_copy():
     order = []
-    found = timing.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, seconds=0)
-    assert set(found) == {"a", "b"}
-    runs = [name for name, _ in itertools.groupby(order)]
-    assert runs == ["a", "b"] * (len(runs) // 2)
+    calls = {name: [lambda name=name, at=at: order.append((name, at)) for at in range(3)] for name in "ab"}
+    bursts = {"a": timing.Burst(0, 1), "b": timing.Burst(1, 2)}
+    found = timing.interleaved(calls, bursts, seconds=0)
     assert found["a"].rounds == timing.FEWEST_ROUNDS
+    assert [name for name, _ in order] == ["a", "b", "b", "b"] * timing.FEWEST_ROUNDS
+    assert [at for name, at in order if name == "a"] == [0, 1, 2, 0, 1]
+    for name in "ab":
+        numbers = [at for who, at in order if who == name]
+        assert numbers == list(itertools.islice(itertools.cycle(range(3)), len(numbers)))
     assert 0 < found["a"].least_us <= found["a"].median_us
+
+
+def test_a_burst_is_long_enough_for_the_clock():
+    burst = timing.burst(lambda: None)
+    assert burst.lead_in == 1
+    assert burst.timed > 100
+    assert burst.calls == burst.timed + 1
 
 
 def test_summary():
@@ -38,47 +66,204 @@ def test_summary():
     assert found.spread == pytest.approx(2 / 3)
 
 
-def test_weights_rotate_when_they_must_come_from_memory():
-    seen = []
-    call = timing.rotating(seen.append, ["a", "b", "c"])
-    for _ in range(4):
-        call()
-    assert seen == ["a", "b", "c", "a"]
-    assert timing.copies_for(10_000_000, m=1) * 10_000_000 > timing.COLD_BYTES
-    assert timing.copies_for(10_000_000, m=5) == 1
+def test_the_limits_name_every_usable_level():
+    found = limits.measure()
+    if _features.native is None:
+        assert found["read_gb_s"] is None
+        return
+    usable = {level.name for level in _features.levels() if level.available}
+    assert set(found["peaks"]) == usable
+    assert found["read_gb_s"] > 0
+    assert found["float32_gop_s"] == max(peak.get("float32", 0) for peak in found["peaks"].values())
+    assert found["bfloat16_gop_s"] >= found["float32_gop_s"]
+    assert all(rate > 0 for peak in found["peaks"].values() for rate in peak.values())
+
+
+@pytest.mark.skipif(_features.native is None, reason="the native module is not built")
+def test_operations_are_counted_per_round_and_thread():
+    one = _features.native.peaks.baseline.multiply_add(0, 1, 1)
+    assert one > 0
+    assert _features.native.peaks.baseline.multiply_add(0, 1, 2) == 2 * one
+    assert _features.native.peaks.baseline.multiply_add(1, 1, 1) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_row_is_checked_timed_and_complete(dtype):
-    packed = linear.weights(32, 128, 64)
-    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    candidates = list(linear.peers(packed["int8_linear"], packed["int4_linear"], x))
-    for op, w in packed.items():
-        candidates += linear.ours(op, w, x, ["reference"])
-    rows = linear.measure(candidates, x, LIMIT, seconds=0)
-    assert {row["op"] for row in rows} == {"linear", *packed}
-    assert [row["peer"] for row in rows].count("torch.dense") == 1
+    weights = Weights(64, 256, 64)
+    candidates = [
+        *peers.candidates(weights, dtype, TORCH_ONLY),
+        *ours.candidates(weights, dtype, ours.OP_NAMES, "best"),
+    ]
+    rows = measure.measure(candidates, [1, 8], LIMITS, seconds=0)
+    assert len(rows) == 2 * len(candidates)
+    assert {row["op"] for row in rows} == {"linear", *ours.OP_NAMES}
     for row in rows:
-        assert set(row) == KEYS
+        assert set(row) >= KEYS
         assert (row["kernel"] is None) != (row["peer"] is None)
-        assert row["skipped"] is None
+        assert row["activations"] in CLASSES
+        if row["skipped"]:
+            assert row["peer"]
+            assert row["median_us"] is None
+            continue
         assert row["median_us"] > 0
         assert row["ratio_to_dense"] > 0
         assert 0 <= row["error"] < 0.03
-        assert (row["limit_share"] is None) == (row["activations"] == "int8")
-    assert len(linear.text(rows).splitlines()) == len(rows) + 1
+        assert row["limit_share"] > 0
+        assert row["bound"] in ("read", "compute")
+        assert row["rotated_bytes"] > 0
+    assert all(row["skipped"] is None for row in rows if row["kernel"])
+    assert [row["skipped"] for row in rows if row["peer"] == "torch.dense"] == [None, None]
+    ElementTree.fromstring(plot.render(rows))
+
+
+def test_all_kernels_are_forced_and_refusals_are_rows():
+    weights = Weights(32, 64, 32)
+    found = list(ours.candidates(weights, torch.float32, ["int8_linear"], "all"))
+    rows = measure.measure(found, [2], LIMITS, seconds=0)
+    assert all(bool(row["median_us"]) != bool(row["skipped"]) for row in rows)
+    if _features.native is not None:
+        assert "cpu.baseline" in {row["kernel"] for row in rows if row["median_us"]}
 
 
 def test_a_wrong_result_is_not_timed():
-    x = torch.ones(8, 128)
-    candidate = next(linear.peers(*(linear.weights(32, 128, 64)[op] for op in ("int8_linear", "int4_linear")), x))
-    candidate.dense = candidate.dense * 1.01
-    with pytest.raises(RuntimeError, match="wrong result, relative error 9"):
-        linear.check(candidate, x)
+    weights = Weights(32, 64, 32)
+    candidate = next(peers.candidates(weights, torch.float32, ("torch_dense",)))
+    candidate.exact = candidate.exact * 1.01
+    (row,) = measure.measure([candidate], [8], LIMITS, seconds=0)
+    assert row["median_us"] is None
+    assert "wrong result: relative error 9" in row["skipped"]
 
 
-def test_a_shape_that_a_peer_cannot_take_says_why():
-    packed = linear.weights(24, 72, 64)
-    x = torch.ones(8, 72, dtype=torch.bfloat16)
-    skipped = [c.row["skipped"] for c in linear.peers(packed["int8_linear"], packed["int4_linear"], x)]
-    assert skipped == [None, None, "needs K % 64 == 0 and N % 16 == 0"]
+def test_a_failing_peer_is_a_row_with_its_reason():
+    def build(rolled, dtype):
+        raise OSError("no such\nthing")
+
+    peer = peers.Peer("broken", "int4_linear", build, lambda layer, x: None)
+    (row,) = measure.measure([peers._candidate(peer, Weights(32, 64, 32), torch.float32)], [1], LIMITS, seconds=0)
+    assert row["skipped"] == "OSError: no such thing"
+
+
+def test_a_missing_peer_is_a_row_with_its_reason():
+    peer = peers.Peer("absent", "int4_linear", None, None, needs=("no_such_package",))
+    candidate = peers._candidate(peer, Weights(32, 64, 32), torch.float32)
+    assert candidate.row["skipped"].startswith("no_such_package cannot be imported")
+
+
+def test_every_file_of_peers_says_what_it_needs():
+    weights = Weights(32, 128, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = list(peers.candidates(weights, dtype))
+        assert len({candidate.row["peer"] for candidate in found}) == len(found)
+        for candidate in found:
+            assert candidate.row["activations"] in CLASSES
+            assert (candidate.exact is None) == bool(candidate.row["skipped"])
+
+
+def test_copies_differ_and_hold_the_same_values():
+    weights = Weights(8, 32, 16)
+    one, two = weights.rolled(0), weights.rolled(1)
+    assert torch.equal(one.codes4, weights.codes4)
+    assert not torch.equal(two.codes4, one.codes4)
+    assert torch.equal(two.codes4.roll(-1, 0), one.codes4)
+
+
+def row(op, median_us, *, m=1, peer=None, activations=KEPT, dtype="float32", values="int4", n=4096, k=4096):
+    return {
+        "op": op, "peer": peer, "kernel": None if peer else "cpu.x", "n": n, "k": k, "m": m, "dtype": dtype,
+        "activations": activations, "values": values, "median_us": median_us, "bytes": n * k // 2,
+        "operations": 2 * m * n * k,
+    }  # fmt: skip
+
+
+def test_goals_compare_with_the_best_peer_of_the_same_class():
+    rows = [
+        row("int4_linear", 100.0),
+        row("int4_linear", 300.0, peer="slow"),
+        row("int4_linear", 170.0, peer="best", dtype="bfloat16"),
+        row("int4_linear", 10.0, peer="other class", activations=PER_ROW),
+        row("int4_linear", 10.0, peer="other M", m=4),
+    ]
+    (entry,) = goals.judge(rows, LIMITS)
+    assert (entry["goal"], entry["kind"]) == ("int4, activations kept", "ratio")
+    assert (entry["against"], entry["wanted"], entry["measured"], entry["met"]) == ("best", 1.6, 1.7, True)
+
+
+def test_goals_of_shares_and_of_large_shapes():
+    rows = [row("int4_linear", 2000.0, activations=PER_GROUP), row("int4_linear", 900.0, n=64, activations=PER_GROUP)]
+    (entry,) = goals.judge(rows, LIMITS)
+    assert entry["kind"] == "share of read bandwidth"
+    assert entry["measured"] == pytest.approx(4096 * 4096 / 2 / 10e9 / 2000e-6, abs=1e-3)
+    assert not entry["met"]
+
+
+def test_sparse_goals_are_against_our_own_and_per_dtype():
+    rows = [
+        row("sparse24_int4_linear", 100.0), row("int4_linear", 130.0),
+        row("sparse24_int4_linear", 100.0, dtype="bfloat16"), row("int4_linear", 110.0, dtype="bfloat16"),
+        row("sparse24_linear", 100.0, dtype="bfloat16"), row("linear", 150.0, dtype="bfloat16", peer="torch.dense"),
+    ]  # fmt: skip
+    found = {(entry["goal"], entry["dtype"]): entry for entry in goals.judge(rows, LIMITS)}
+    assert found["sparse24_int4 against our int4", "float32"]["met"]
+    assert not found["sparse24_int4 against our int4", "bfloat16"]["met"]
+    assert found["sparse24 bf16 against torch's dense bf16", "bfloat16"]["measured"] == 1.5
+    lines = goals.cells(list(found.values()))
+    assert [line[0] for line in lines] == list(dict.fromkeys(goal for goal, _ in found))
+    assert any("not met (1 of 2): worst 1.10 of 1.2 (4096x4096 M=1)" in line[2] for line in lines)
+
+
+def bench(capsys, *args):
+    code = llmkern_cli.main(["bench", *args])
+    return code, *capsys.readouterr()
+
+
+def test_the_command_writes_json_and_plot(capsys, tmp_path):
+    out = tmp_path / "out"
+    command = ("int8_linear", "--shapes", "32x64", "--m", "1,4", "--dtype", "bf16", "--seconds", "0", "--out", str(out))
+    code, text, err = bench(capsys, *command, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert set(found) == {"machine", "limits", "rows", "goals"}
+    assert {(row["op"], row["m"]) for row in found["rows"] if row["kernel"]} == {("int8_linear", 1), ("int8_linear", 4)}
+    assert json.loads((out / "bench.json").read_text())["rows"] == found["rows"]
+    assert ElementTree.parse(out / "bench.svg").getroot().tag.endswith("svg")
+    code, text, _ = bench(capsys, *command)
+    assert code == 0
+    assert "int8_linear" in text
+    assert "torch.dense" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (("nonsense",), "unknown op nonsense"),
+        (("--shapes", "3x"), "wanted NxK"),
+        (("--m", "1,0"), "at least 1"),
+        (("--dtype", "int3"), "wanted fp32, bf16, fp16"),
+        (("--model", "llama-1b", "--recipes", "gptq-int5"), "recipe"),
+    ],
+)
+def test_bad_usage(capsys, args, part):
+    code, out, err = bench(capsys, *args)
+    assert (code, out) == (2, "")
+    assert part in err.splitlines()[-1]
+
+
+def test_a_model_is_timed_dense_and_packed(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    monkeypatch.setattr(generate, "LLAMA_1B", {**small, **heads, "bos_token_id": None, "eos_token_id": None})
+    command = ("--model", "llama-1b", "--recipes", "rtn-int8", "--dtype", "fp32", "--prompt", "8", "--tokens", "4")
+    code, text, err = bench(capsys, *command, "--json")
+    assert code == 0, err
+    rows = json.loads(text)["rows"]
+    assert [row["recipe"] for row in rows] == ["dense", "rtn-int8"]
+    assert all(row["prefill_tokens_per_s"] > 0 for row in rows)
+    assert rows[1]["bytes"] < rows[0]["bytes"]
+    assert "rtn-int8" in bench(capsys, *command)[1]
+
+
+def test_results_say_where_they_were_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    found = json.loads(results.write("some", {"rows": []}).read_text())
+    assert found["machine"]["torch"] == torch.__version__
