@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from llmkern import _features
+from llmkern import _autograd, _features
 
 LIBRARY = torch.library.Library("llmkern", "DEF")
 OPS: dict[str, Op] = {}
@@ -67,14 +68,14 @@ class Op:
 
     def __post_init__(self) -> None:
         self.name = self.schema.split("(", 1)[0]
+        # The kernel that `pick` would return for all arguments on a CPU, if there is one: found once, not per call.
+        self._unconditional: Callable[..., Any] | None = None
         LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmkern::{self.name}", self._fake, lib=LIBRARY)
-        if self.backward is not None:
-            torch.library.register_autograd(
-                f"llmkern::{self.name}", self.backward, setup_context=self.setup_context, lib=LIBRARY
-            )
         self.op = getattr(torch.ops.llmkern, self.name).default
+        if self.backward is not None:
+            _autograd.register(self.op, self._run, LIBRARY, backward=self.backward, setup_context=self.setup_context)
         OPS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -88,6 +89,8 @@ class Op:
             if level in _features.disabled() or name in _features.disabled():
                 reason = f"{name} is disabled by LLMKERN_DISABLE"
             self.kernels.append(Kernel(name, device, run, reason, **fields))
+            first = next((kernel for kernel in self.kernels if not kernel.reason and kernel.device != "cuda"), None)
+            self._unconditional = first.run if first is not None and first.rejects is None else None
             return run
 
         return add
@@ -103,8 +106,7 @@ class Op:
         built = getattr(_features.native, self.name)
         for row in reversed(_features.levels()):
             if function := getattr(built, row.name, None):
-                bound = _bind(call, function)
-                self.kernel(f"cpu.{row.name}", "cpu", level=row.name, reason=row.reason)(bound)
+                self.kernel(f"cpu.{row.name}", "cpu", level=row.name, reason=row.reason)(partial(call, function))
 
     def pick(self, *args: Any) -> Kernel:
         """The kernel that runs on these arguments."""
@@ -137,17 +139,12 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         self.check(*args)
+        if self._unconditional is not None and args[0].is_cpu and _forced.get() is None:
+            return self._unconditional(*args)
         return self.pick(*args).run(*args)
 
     def _fake(self, *args: Any) -> Any:
         return self.fake(self.check(*args), *args)
-
-
-def _bind(call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        return call(function, *args)
-
-    return run
 
 
 def kernels(op: str | None = None) -> list[Row]:
