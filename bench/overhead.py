@@ -11,14 +11,22 @@ from typing import Any
 
 import torch
 
-from bench import timing
-from bench.linear import weights
 from bench.results import write
 from llmkern import _features
 from llmkern._registry import OPS
 from llmkern.nn import PackedLinear
 from llmkern.ops import linear_args
+from llmkern_cli._bench import timing
+from llmkern_cli._bench.weights import Weights
 
+FORMS = {
+    "int8_linear": "int8",
+    "int8_dynamic_linear": "int8",
+    "int4_linear": "int4",
+    "sparse24_linear": "sparse24",
+    "sparse24_int4_linear": "sparse24_int4",
+    "bitmask_linear": "bitmask",
+}
 MODES = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
 
 
@@ -40,7 +48,9 @@ def measure(n: int, k: int, seconds: float) -> list[dict[str, Any]]:
     """One row per op and way of calling; all ways of one op and mode are timed in turns."""
     x, rows = torch.randn(1, k), []
     dense = torch.nn.Linear(k, n, bias=False).requires_grad_(False)
-    for op, weight in weights(n, k, 64).items():
+    packed = Weights(n, k, 64).packed
+    for op, form in FORMS.items():
+        weight = packed[form]
         args, layer = linear_args(op, x, weight, None), PackedLinear(weight)
         calls: dict[str, Callable[[], Any]] = {
             "kernel": bare(op, args),
@@ -52,7 +62,8 @@ def measure(n: int, k: int, seconds: float) -> list[dict[str, Any]]:
             del calls["PackedLinear"]
         for name, mode in MODES.items():
             with mode():
-                timings = timing.interleaved(calls, seconds=seconds)
+                bursts = {call: timing.burst(run) for call, run in calls.items()}
+                timings = timing.interleaved({call: [run] for call, run in calls.items()}, bursts, seconds=seconds)
             kernel_us = timings["kernel"].median_us
             rows += [
                 {

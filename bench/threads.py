@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from bench import shapes, timing
 from bench.results import write
 from llmkern.formats import Int8Weight
 from llmkern.ops import int8_linear
+from llmkern_cli._bench import shapes, timing
 
 BUSY = "while True: pass"
 M = 8
