@@ -85,6 +85,7 @@ def _integer_cases(op: str, *extra: Any) -> list[LinearCase]:
         LinearCase(op, 17, 260, group_size=100, scale_dtype=F16, symmetric=False, extra=extra),
         LinearCase(op, 129, 260, group_size=32, extra=extra),
         LinearCase(op, 5, 2085, group_size=128, symmetric=False, extra=extra),
+        LinearCase(op, 70, 1501, group_size=1000, symmetric=False, extra=extra),
     ]
 
 

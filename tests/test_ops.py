@@ -118,6 +118,21 @@ def test_results_do_not_depend_on_threads(op: str, row: str, generator: torch.Ge
                 assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.of_ops("int8_dynamic_linear", "int4_linear")
+@pytest.mark.usefixtures("poisoned")
+def test_many_rows(op: str, row: str, generator: torch.Generator) -> None:
+    """More rows than are quantized at a time, divided among threads as well as the weight is."""
+    case = LinearCase(op, 20, 140, group_size=64, symmetric=False, extra=("int8",) if op == "int4_linear" else ())
+    x, bias, results = torch.randn((1033, case.k), generator=generator), make_bias(case, generator), []
+    for count in (2, 1):
+        with forced(row):
+            torch.set_num_threads(count)
+            results.append(OPS[op](*case.args(x, bias)))
+    testing.assert_within(results[0], *expected(case, x, bias), f"{op} on {row}, {case}")
+    if row != "reference":
+        assert torch.equal(results[0], results[1])
+
+
 @pytest.mark.of_ops(*LINEAR_OPS)
 def test_inputs_are_not_changed(op: str, row: str, generator: torch.Generator) -> None:
     case = CASES[op][3]

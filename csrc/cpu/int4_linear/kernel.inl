@@ -60,6 +60,7 @@ struct Int4Source {
 
 struct Int4Rows {
     using Dot = Dot4;
+    using Tile = Tile4;
 
     const uint8_t* nibbles;
     int64_t bytes;

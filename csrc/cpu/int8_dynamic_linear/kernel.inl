@@ -7,6 +7,7 @@ namespace {
 
 struct Int8Rows {
     using Dot = Dot8;
+    using Tile = Tile8;
 
     const int8_t* codes;
     int64_t k;

@@ -52,4 +52,12 @@ struct Dot8 {
     static constexpr bool FAST = false;
 };
 
+struct Tile4 {
+    static constexpr bool FAST = false;
+};
+
+struct Tile8 {
+    static constexpr bool FAST = false;
+};
+
 }  // namespace llmkern::avx2

@@ -12,6 +12,7 @@ struct I32 {
 };
 
 LLMKERN_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+LLMKERN_INLINE void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
 LLMKERN_INLINE I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 LLMKERN_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 LLMKERN_INLINE F32 permute(F32 x, const int32_t* index) { return {_mm512_permutexvar_ps(load_i32(index).v, x.v)}; }
@@ -21,8 +22,9 @@ LLMKERN_INLINE int32_t hsum(I32 x) { return _mm512_reduce_add_epi32(x.v); }
 
 // Adds to each int32 lane of `sum` its four products u * s. GCC 12 copies the accumulator before and after the
 // intrinsic, which doubles the instructions of the inner loop.
-LLMKERN_INLINE void add_products(__m512i& sum, __m512i u, __m512i s) {
+LLMKERN_INLINE __m512i add_products(__m512i sum, __m512i u, __m512i s) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+    return sum;
 }
 
 // 64 bytes: 128 columns, the even ones in the low nibbles.
@@ -39,8 +41,8 @@ struct Dot4 {
         return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
     }
     static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
-        add_products(sum.v, w.low, _mm512_loadu_si512(x));
-        add_products(sum.v, w.high, _mm512_loadu_si512(x + 64));
+        sum.v = add_products(sum.v, w.low, _mm512_loadu_si512(x));
+        sum.v = add_products(sum.v, w.high, _mm512_loadu_si512(x + 64));
         return sum;
     }
 };
@@ -58,8 +60,112 @@ struct Dot8 {
         return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
     }
     static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
-        add_products(sum.v, w.codes, _mm512_loadu_si512(x));
+        sum.v = add_products(sum.v, w.codes, _mm512_loadu_si512(x));
         return sum;
+    }
+};
+
+// d[i] lane j = s[j] dword i: rows of dwords to columns.
+LLMKERN_INLINE void transpose_dwords(const __m512i (&s)[16], __m512i (&d)[16]) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(s[i], s[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(s[i], s[i + 1]);
+    }
+    // b[4 * q + c]: column c of each 128-bit lane, for rows 4 * q to 4 * q + 3.
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    for (int c = 0; c < 4; ++c) {
+        const __m512i low01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x44);  // lanes 0 1 | 0 1
+        const __m512i high01 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xee);
+        const __m512i low23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x44);
+        const __m512i high23 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xee);
+        d[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);  // lane 0 of each
+        d[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        d[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        d[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+}
+
+// See integer_tile.inl. 6 rows of x by 4 registers of w take 24 sums, 4 registers and one for x: 29 of 32, for
+// 10 loads per 24 products.
+struct TileBase {
+    static constexpr bool FAST = true;
+    static constexpr int VECTORS = 4, X_ROWS = 6, BYTES = 64, STEP = 4;
+    static constexpr int STEP_BYTES = VECTORS * 64;
+
+    static LLMKERN_INLINE_MEMBER void pack(const int8_t* codes, int64_t ld, int rows, int64_t steps, uint32_t* to) {
+        const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
+        for (int64_t s = 0; s < steps; s += 16) {
+            __m512i from[16], columns[16];
+            for (int r = 0; r < 16; ++r)
+                from[r] = r < rows ? _mm512_loadu_si512(codes + r * ld + 4 * s) : _mm512_setzero_si512();
+            transpose_dwords(from, columns);
+            for (int i = 0; i < 16 && s + i < steps; ++i)
+                _mm512_mask_storeu_epi32(to + (s + i) * rows, mask, columns[i]);
+        }
+    }
+
+    template <int ROWS>
+    static LLMKERN_INLINE_MEMBER void multiply(I32 (&sums)[ROWS][VECTORS], const uint8_t* tile, const uint32_t* x,
+                                               int64_t steps) {
+        for (int64_t s = 0; s < steps; ++s) {
+            __m512i w[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) w[v] = _mm512_load_si512(tile + s * STEP_BYTES + v * 64);
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512i codes = _mm512_set1_epi32(static_cast<int>(x[s * ROWS + r]));
+                for (int v = 0; v < VECTORS; ++v) sums[r][v].v = add_products(sums[r][v].v, w[v], codes);
+            }
+        }
+    }
+
+    // The first `bytes` bytes at each of the rows, zeros behind them, turned.
+    static LLMKERN_INLINE_MEMBER void load_turned(const uint8_t* const (&rows)[16], int bytes, __m512i (&to)[16]) {
+        __m512i from[16];
+        if (bytes == BYTES) {
+            for (int i = 0; i < 16; ++i) from[i] = _mm512_loadu_si512(rows[i]);
+        } else {
+            const __mmask64 some = (__mmask64{1} << bytes) - 1;
+            for (int i = 0; i < 16; ++i) from[i] = _mm512_maskz_loadu_epi8(some, rows[i]);
+        }
+        transpose_dwords(from, to);
+    }
+};
+
+// A dword of a row is 8 columns: the even ones in its low nibbles, then the odd ones.
+struct Tile4 : TileBase {
+    static constexpr int COLUMNS = 128, UNIT = 8, OFFSET = 8;
+
+    static LLMKERN_INLINE_MEMBER void arrange(int8_t* codes, int64_t count) {
+        const __m512i order =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+        for (int64_t k = 0; k < count; k += 64)
+            _mm512_storeu_si512(codes + k, _mm512_shuffle_epi8(_mm512_loadu_si512(codes + k), order));
+    }
+    static LLMKERN_INLINE_MEMBER void build(const uint8_t* const (&rows)[16], int bytes, uint8_t* to) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        __m512i dwords[16];
+        load_turned(rows, bytes, dwords);
+        for (int i = 0; i < 16; ++i) {
+            _mm512_store_si512(to + 2 * i * STEP_BYTES, _mm512_and_si512(dwords[i], mask));
+            _mm512_store_si512(to + (2 * i + 1) * STEP_BYTES, _mm512_and_si512(_mm512_srli_epi16(dwords[i], 4), mask));
+        }
+    }
+};
+
+struct Tile8 : TileBase {
+    static constexpr int COLUMNS = 64, UNIT = 4, OFFSET = 128;
+
+    static LLMKERN_INLINE_MEMBER void arrange(int8_t*, int64_t) {}
+    static LLMKERN_INLINE_MEMBER void build(const uint8_t* const (&rows)[16], int bytes, uint8_t* to) {
+        __m512i dwords[16];
+        load_turned(rows, bytes, dwords);
+        for (int i = 0; i < 16; ++i)
+            _mm512_store_si512(to + i * STEP_BYTES, _mm512_xor_si512(dwords[i], _mm512_set1_epi8(-128)));
     }
 };
 

@@ -12,6 +12,8 @@ namespace llmkern::LLMKERN_NS {
 
 #ifdef LLMKERN_BYTE_DOT
 #include "cpu/linear/integer_fast.inl"
+
+#include "cpu/linear/integer_tile.inl"
 #endif
 
 // Quantized x times the weight whose codes `weight` gives; x is quantized per `x_group` columns: k, or the weight's.
@@ -20,6 +22,8 @@ void run_integer(const LinearArgs& a, const GroupArgs& groups, int64_t x_group, 
     if (a.k == 0) return write_bias(a);
     const int threads = worth_threads(a);
 #ifdef LLMKERN_BYTE_DOT
+    if constexpr (Rows::Tile::FAST)
+        if (a.m > INTEGER_STREAM_ROWS && run_tiles(a, groups, x_group, weight, threads)) return;
     if constexpr (Rows::Dot::FAST)
         if (run_integer_fast(a, groups, x_group, weight, threads)) return;
 #endif

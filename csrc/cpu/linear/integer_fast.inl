@@ -1,4 +1,4 @@
-// The fast way of integer.inl: byte dot products over blocks of a row.
+// The way of integer.inl for few rows of x: byte dot products over blocks of a row.
 // Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
 
 enum class Groups {
@@ -26,8 +26,6 @@ struct BlockW {
     int64_t groups_per_block;   // SPLIT
     int32_t lanes[F32::WIDTH];  // SPLIT: the group of each lane
 };
-
-constexpr int64_t div_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // Calls use(b, p, ld) for every block b of a row: row r's bytes are at p + r * ld, whole also for the last block.
 template <class Dot, int R, class Use>

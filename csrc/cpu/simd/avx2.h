@@ -110,6 +110,7 @@ LLMKERN_INLINE void store_i8(int8_t* p, F32 x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
 }
 LLMKERN_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+LLMKERN_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #include "cpu/simd/memory.h"
 

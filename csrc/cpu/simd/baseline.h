@@ -100,6 +100,7 @@ LLMKERN_INLINE void store_i8(int8_t* p, F32 x) {
     for (int i = 0; i < F32::WIDTH; ++i) p[i] = static_cast<int8_t>(static_cast<int32_t>(x.v[i]));
 }
 LLMKERN_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+LLMKERN_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #include "cpu/simd/memory.h"
 

@@ -19,7 +19,7 @@
 //   n) store_strided(p, stride, x)  likewise; also (p, stride, x, n) gather(p, i)                 p[i[0]], p[i[1]], ...
 //   with int32 indices in memory load_bf16 load_f16 load_i8   from WIDTH elements; store_bf16 store_f16 round to
 //   nearest even load_as store_as load_one store_one convert_row    the same by DType, see memory.h prefetch(p) ask for
-//   the cache line at p; any address is allowed
+//   the cache line at p; any address is allowed; prefetch_far(p): into the second-level cache
 #pragma once
 
 #include <cstdint>
