@@ -23,7 +23,7 @@ void run_integer(const LinearArgs& a, const GroupArgs& groups, int64_t x_group, 
     const int threads = worth_threads(a);
 #ifdef LLMKERN_BYTE_DOT
     if constexpr (Rows::Tile::FAST)
-        if (a.m > INTEGER_STREAM_ROWS && run_tiles(a, groups, x_group, weight, threads)) return;
+        if ((a.m > INTEGER_STREAM_ROWS || !Rows::Dot::FAST) && run_tiles(a, groups, x_group, weight, threads)) return;
     if constexpr (Rows::Dot::FAST)
         if (run_integer_fast(a, groups, x_group, weight, threads)) return;
 #endif

@@ -14,7 +14,8 @@
 //       I32 add(I32, Weights, x)            // lane l collects columns [l * LANE, (l + 1) * LANE) of the block
 //   };
 //
-// Few rows of x (integer_fast.inl), for groups of whole lanes: ROWS rows by X_ROWS rows of x over blocks of a row. Sums of a block start at
+// Few rows of x (integer_fast.inl), for groups of whole lanes: ROWS rows by X_ROWS rows of x over blocks of a row. Sums
+// of a block start at
 // -(OFFSET + z) * (the sum of the lane's codes of x), known before, so that a lane ends at its exact centred dot
 // product. It is then scaled: the scale vector holds one group (groups of whole blocks), or several (SPLIT).
 // int8 with one scale per row skips that and keeps int32 sums to the end of the row.
@@ -23,7 +24,6 @@
 //
 // Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
 
-constexpr int INTEGER_TILE_ROWS = 32;
 constexpr int64_t INTEGER_BLOCK_M = 1024;
 
 LLMKERN_INLINE int64_t div_up(int64_t x, int64_t by) { return (x + by - 1) / by; }

@@ -15,12 +15,16 @@ struct BlockX {
     int64_t codes_ld, starts_ld, scales_ld;
 };
 
-// The rows of a tile of the weight.
+// How far ahead of its reading a stream of weights is asked for, in bytes; 4 KiB and none measured slower.
+constexpr int64_t INTEGER_AHEAD = 1024;
+
+// The rows of the weight that are multiplied together: one of each of ROWS parts of a task's rows, far from each other.
+// The processor then sees ROWS long streams; neighbouring rows, read side by side, come at less of the bandwidth.
 struct BlockW {
     const uint8_t* bytes;
-    int64_t row_bytes;
-    float* scales;     // [groups], and WIDTH zeros
-    int32_t* offsets;  // [groups] -(OFFSET + zero point), and WIDTH zeros
+    int64_t row_bytes, stride;  // bytes of a row; and from a row to the next one here
+    float* scales;              // [groups], and WIDTH zeros
+    int32_t* offsets;           // [groups] -(OFFSET + zero point), and WIDTH zeros
     int64_t scales_ld;
     int64_t blocks_per_group;   // ONE
     int64_t groups_per_block;   // SPLIT
@@ -29,17 +33,17 @@ struct BlockW {
 
 // Calls use(b, p, ld) for every block b of a row: row r's bytes are at p + r * ld, whole also for the last block.
 template <class Dot, int R, class Use>
-LLMKERN_INLINE void for_blocks(const uint8_t* bytes, int64_t row_bytes, Use use) {
-    const int64_t whole = row_bytes / Dot::BYTES, left = row_bytes % Dot::BYTES;
+LLMKERN_INLINE void for_blocks(const BlockW& w, Use use) {
+    const int64_t whole = w.row_bytes / Dot::BYTES, left = w.row_bytes % Dot::BYTES;
     for (int64_t b = 0; b < whole; ++b) {
-        const uint8_t* p = bytes + b * Dot::BYTES;
-        for (int r = 0; r < R; ++r) prefetch(p + r * row_bytes + PREFETCH_AHEAD);
-        use(b, p, row_bytes);
+        const uint8_t* p = w.bytes + b * Dot::BYTES;
+        for (int r = 0; r < R; ++r) prefetch(p + r * w.stride + INTEGER_AHEAD);
+        use(b, p, w.stride);
     }
     if (left) {
         uint8_t last[R][Dot::BYTES] = {};
         for (int r = 0; r < R; ++r)
-            for (int64_t i = 0; i < left; ++i) last[r][i] = bytes[r * row_bytes + whole * Dot::BYTES + i];
+            for (int64_t i = 0; i < left; ++i) last[r][i] = w.bytes[r * w.stride + whole * Dot::BYTES + i];
         use(whole, &last[0][0], int64_t{Dot::BYTES});
     }
 }
@@ -52,14 +56,13 @@ LLMKERN_INLINE void multiply_blocks(const BlockW& w, const BlockX& x, float (&ou
         I32 sums[R][M];
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) sums[r][m] = set1_i32(0);
-        for_blocks<Dot, R>(
-            w.bytes, w.row_bytes, [&](int64_t b, const uint8_t* p, int64_t ld) __attribute__((always_inline)) {
-                typename Dot::Weights codes[R];
-                for (int r = 0; r < R; ++r) codes[r] = Dot::load(p + r * ld);
-                for (int m = 0; m < M; ++m)
-                    for (int r = 0; r < R; ++r)
-                        sums[r][m] = Dot::add(sums[r][m], codes[r], x.codes + m * x.codes_ld + b * Dot::COLUMNS);
-            });
+        for_blocks<Dot, R>(w, [&](int64_t b, const uint8_t* p, int64_t ld) __attribute__((always_inline)) {
+            typename Dot::Weights codes[R];
+            for (int r = 0; r < R; ++r) codes[r] = Dot::load(p + r * ld);
+            for (int m = 0; m < M; ++m)
+                for (int r = 0; r < R; ++r)
+                    sums[r][m] = Dot::add(sums[r][m], codes[r], x.codes + m * x.codes_ld + b * Dot::COLUMNS);
+        });
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) {
                 const int32_t dot = hsum(sums[r][m]) + w.offsets[r * w.scales_ld] * x.starts[m * x.starts_ld];
@@ -70,63 +73,62 @@ LLMKERN_INLINE void multiply_blocks(const BlockW& w, const BlockX& x, float (&ou
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) sums[r][m] = zero();
         int64_t group = 0, left = w.blocks_per_group;
-        for_blocks<Dot, R>(
-            w.bytes, w.row_bytes, [&](int64_t b, const uint8_t* p, int64_t ld) __attribute__((always_inline)) {
-                typename Dot::Weights codes[R];
-                F32 scale[R];
-                I32 offset[R];
-                if (GROUPS == Groups::SPLIT) {
-                    group = b * w.groups_per_block;
-                } else if (left-- == 0) {
-                    ++group;
-                    left = w.blocks_per_group - 1;
-                }
+        for_blocks<Dot, R>(w, [&](int64_t b, const uint8_t* p, int64_t ld) __attribute__((always_inline)) {
+            typename Dot::Weights codes[R];
+            F32 scale[R];
+            I32 offset[R];
+            if (GROUPS == Groups::SPLIT) {
+                group = b * w.groups_per_block;
+            } else if (left-- == 0) {
+                ++group;
+                left = w.blocks_per_group - 1;
+            }
+            for (int r = 0; r < R; ++r) {
+                codes[r] = Dot::load(p + r * ld);
+                const float* s = w.scales + r * w.scales_ld + group;
+                const int32_t* o = w.offsets + r * w.scales_ld + group;
+                scale[r] = GROUPS == Groups::SPLIT ? permute(load(s), w.lanes) : set1(*s);
+                if (ZEROS) offset[r] = GROUPS == Groups::SPLIT ? permute(load_i32(o), w.lanes) : set1_i32(*o);
+            }
+            for (int m = 0; m < M; ++m) {
+                const I32 start = load_i32(x.starts + m * x.starts_ld + b * W);
+                const float* s = x.scales + m * x.scales_ld;
+                const F32 x_scale = GROUPS == Groups::SPLIT ? load(s + b * W) : set1(s[b]);
                 for (int r = 0; r < R; ++r) {
-                    codes[r] = Dot::load(p + r * ld);
-                    const float* s = w.scales + r * w.scales_ld + group;
-                    const int32_t* o = w.offsets + r * w.scales_ld + group;
-                    scale[r] = GROUPS == Groups::SPLIT ? permute(load(s), w.lanes) : set1(*s);
-                    if (ZEROS) offset[r] = GROUPS == Groups::SPLIT ? permute(load_i32(o), w.lanes) : set1_i32(*o);
+                    const I32 dot = Dot::add(ZEROS ? start * offset[r] : start, codes[r],
+                                             x.codes + m * x.codes_ld + b * Dot::COLUMNS);
+                    sums[r][m] = fma(to_float(dot), scale[r] * x_scale, sums[r][m]);
                 }
-                for (int m = 0; m < M; ++m) {
-                    const I32 start = load_i32(x.starts + m * x.starts_ld + b * W);
-                    const float* s = x.scales + m * x.scales_ld;
-                    const F32 x_scale = GROUPS == Groups::SPLIT ? load(s + b * W) : set1(s[b]);
-                    for (int r = 0; r < R; ++r) {
-                        const I32 dot = Dot::add(ZEROS ? start * offset[r] : start, codes[r],
-                                                 x.codes + m * x.codes_ld + b * Dot::COLUMNS);
-                        sums[r][m] = fma(to_float(dot), scale[r] * x_scale, sums[r][m]);
-                    }
-                }
-            });
+            }
+        });
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) out[r][m] = hsum(sums[r][m]);
     }
 }
 
+// R rows of w, n, n + n_step, ..., times M rows of x from row i.
 template <class Dot, Groups GROUPS, bool ZEROS, int R, int M>
-void integer_step(const LinearArgs& a, BlockW w, BlockX x, int r, int64_t n, int64_t i, int64_t m) {
-    w.bytes += r * w.row_bytes;
-    w.scales += r * w.scales_ld;
-    w.offsets += r * w.scales_ld;
+void integer_step(const LinearArgs& a, const BlockW& w, BlockX x, int64_t n, int64_t n_step, int64_t i, int64_t m) {
     x.codes += i * x.codes_ld;
     x.starts += i * x.starts_ld;
     x.scales += i * x.scales_ld;
     float out[R][M];
     multiply_blocks<Dot, GROUPS, ZEROS>(w, x, out);
-    for (int q = 0; q < R; ++q) {
-        const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n + q) : 0.0f;
-        for (int j = 0; j < M; ++j) store_one(a.y, a.x_dtype, (m + j) * a.n + n + q, out[q][j] + bias);
+    for (int r = 0; r < R; ++r) {
+        const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n + r * n_step) : 0.0f;
+        for (int j = 0; j < M; ++j) store_one(a.y, a.x_dtype, (m + j) * a.n + n + r * n_step, out[r][j] + bias);
     }
 }
 
-// M rows of x against `rows` rows of w from n.
-template <class Dot, Groups GROUPS, bool ZEROS, int M>
-void integer_rows(const LinearArgs& a, const BlockW& w, const BlockX& x, int rows, int64_t n, int64_t i, int64_t m) {
-    int r = 0;
-    for (; r + Dot::ROWS <= rows; r += Dot::ROWS)
-        integer_step<Dot, GROUPS, ZEROS, Dot::ROWS, M>(a, w, x, r, n + r, i, m);
-    for (; r < rows; ++r) integer_step<Dot, GROUPS, ZEROS, 1, M>(a, w, x, r, n + r, i, m);
+// R rows of w times all rows of x.
+template <class Dot, Groups GROUPS, bool ZEROS, int R>
+void integer_rows(const LinearArgs& a, const BlockW& w, const BlockX& x, int64_t rows, int64_t n, int64_t n_step,
+                  int64_t m0) {
+    int64_t i = 0;
+    for (; i + Dot::X_ROWS <= rows; i += Dot::X_ROWS)
+        integer_step<Dot, GROUPS, ZEROS, R, Dot::X_ROWS>(a, w, x, n, n_step, i, m0 + i);
+    for (; i + 2 <= rows; i += 2) integer_step<Dot, GROUPS, ZEROS, R, 2>(a, w, x, n, n_step, i, m0 + i);
+    for (; i < rows; ++i) integer_step<Dot, GROUPS, ZEROS, R, 1>(a, w, x, n, n_step, i, m0 + i);
 }
 
 // One row of quantized x as the blocks want it.
@@ -181,7 +183,8 @@ void run_blocks(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const 
             arrange_row<Dot, GROUPS>(x, i, codes, scales, blocks, x_group, x_groups, ZEROS);
         });
 
-        parallel_for(div_up(a.n, INTEGER_TILE_ROWS), threads, [&](int64_t begin, int64_t end) {
+        parallel_for(a.n, threads, [&](int64_t begin, int64_t end) {
+            constexpr int R = Dot::ROWS;
             BlockW w;
             w.row_bytes = weight.row_bytes();
             w.scales_ld = groups + W;
@@ -189,27 +192,31 @@ void run_blocks(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const 
             w.groups_per_block = GROUPS == Groups::SPLIT ? Dot::COLUMNS / g.group_size : 0;
             for (int lane = 0; lane < W; ++lane)
                 w.lanes[lane] = static_cast<int32_t>(lane * (Dot::COLUMNS / W) / g.group_size);
-            const int64_t room = INTEGER_TILE_ROWS * w.scales_ld;
-            Carver task(scratch(Scratch::TASK, Carver::bytes<float>(room) + Carver::bytes<int32_t>(room)));
-            w.scales = task.take<float>(room);
-            w.offsets = task.take<int32_t>(room);
-            for (int64_t n = begin * INTEGER_TILE_ROWS; n < end * INTEGER_TILE_ROWS && n < a.n;
-                 n += INTEGER_TILE_ROWS) {
-                const int count = static_cast<int>(a.n - n < INTEGER_TILE_ROWS ? a.n - n : INTEGER_TILE_ROWS);
+            Carver task(scratch(Scratch::TASK,
+                                Carver::bytes<float>(R * w.scales_ld) + Carver::bytes<int32_t>(R * w.scales_ld)));
+            w.scales = task.take<float>(R * w.scales_ld);
+            w.offsets = task.take<int32_t>(R * w.scales_ld);
+            const auto take = [&](int64_t n, int64_t n_step, int count) {
                 w.bytes = weight.row(n);
+                w.stride = n_step * w.row_bytes;
                 for (int r = 0; r < count; ++r) {
+                    const int64_t row = n + r * n_step;
                     float* scales = w.scales + r * w.scales_ld;
                     int32_t* offsets = w.offsets + r * w.scales_ld;
-                    convert_row(scales, g.scales, g.scales_dtype, (n + r) * groups, groups);
+                    convert_row(scales, g.scales, g.scales_dtype, row * groups, groups);
                     for (int64_t j = 0; j < groups; ++j)
-                        offsets[j] = -Dot::OFFSET - (g.zeros ? g.zeros[(n + r) * groups + j] : 0);
+                        offsets[j] = -Dot::OFFSET - (g.zeros ? g.zeros[row * groups + j] : 0);
                     for (int64_t j = groups; j < w.scales_ld; ++j) scales[j] = 0, offsets[j] = 0;
                 }
-                int64_t i = 0;
-                for (; i + Dot::X_ROWS <= rows; i += Dot::X_ROWS)
-                    integer_rows<Dot, GROUPS, ZEROS, Dot::X_ROWS>(a, w, x, count, n, i, m0 + i);
-                for (; i + 2 <= rows; i += 2) integer_rows<Dot, GROUPS, ZEROS, 2>(a, w, x, count, n, i, m0 + i);
-                for (; i < rows; ++i) integer_rows<Dot, GROUPS, ZEROS, 1>(a, w, x, count, n, i, m0 + i);
+            };
+            const int64_t part = (end - begin) / R;
+            for (int64_t n = begin; n < begin + part; ++n) {
+                take(n, part, R);
+                integer_rows<Dot, GROUPS, ZEROS, R>(a, w, x, rows, n, part, m0);
+            }
+            for (int64_t n = begin + R * part; n < end; ++n) {
+                take(n, 0, 1);
+                integer_rows<Dot, GROUPS, ZEROS, 1>(a, w, x, rows, n, 0, m0);
             }
         });
     }

@@ -2,8 +2,7 @@
 // hold one dword (Tile::STEP columns) of each of LANES rows, so that a dword of x, broadcast, is multiplied with
 // LANES rows at once, and no sum ever crosses lanes.
 //
-//   w, as stored          tile: [step][VECTORS][LANES] dwords      x, packed in panels of up to X_ROWS rows:
-//   [step][row]
+//   w, as stored          tile: [step][VECTORS][LANES] dwords      x, in panels of up to X_ROWS rows
 //     n0 | k0 k1 ...        step 0 | n0 n1 ... n15 | n16 ...         step 0 | m0 m1 ... m5 |
 //     n1 | k0 k1 ...        step 1 | n0 n1 ... n15 | n16 ...         step 1 | m0 m1 ... m5 |
 //
