@@ -12,7 +12,7 @@ from bench import results
 from llmkern import _features
 from llmkern_cli._bench import generate, goals, limits, measure, ours, peers, plot, shapes, timing
 from llmkern_cli._bench.candidate import CLASSES, KEPT, PER_GROUP, PER_ROW
-from llmkern_cli._bench.weights import Weights
+from llmkern_cli._bench.weights import Weights, whole
 
 LIMITS = {"read_gb_s": 10.0, "float32_gop_s": 100.0, "bfloat16_gop_s": 100.0, "int8_gop_s": 200.0, "peaks": {}}
 KEYS = {
@@ -157,6 +157,10 @@ def test_every_file_of_peers_says_what_it_needs():
         for candidate in found:
             assert candidate.row["activations"] in CLASSES
             assert (candidate.exact is None) == bool(candidate.row["skipped"])
+
+
+def test_group_sizes_divide_where_they_can():
+    assert [whole(128, k) for k in (4096, 576, 96, 100, 24)] == [128, 64, 32, 100, 24]
 
 
 def test_copies_differ_and_hold_the_same_values():

@@ -26,7 +26,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="goals", help="llama3-8b, smollm2, ... or NxK, by commas (%(default)s)")
     parser.add_argument("--m", default="1,4,16,64,256,512", help="rows of x, by commas (%(default)s)")
     parser.add_argument("--dtype", default="fp32,bf16", help="of x, by commas: fp32, bf16, fp16 (%(default)s)")
-    parser.add_argument("--group-size", type=at_least(1), default=128, metavar="G", help="of int4 (%(default)s)")
+    parser.add_argument(
+        "--group-size",
+        type=at_least(1),
+        default=128,
+        metavar="G",
+        help="of int4, halved where it does not divide K (%(default)s)",
+    )
     parser.add_argument("--kernels", choices=["best", "all"], default="best", help="which of ours (%(default)s)")
     parser.add_argument("--peers", action="store_true", help="other libraries as well, those that are installed")
     parser.add_argument("--threads", type=at_least(1), metavar="T", help="(torch's own number)")

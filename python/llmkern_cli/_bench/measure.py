@@ -14,6 +14,7 @@ from llmkern_cli._bench.candidate import KEPT, Candidate
 # Relative error (Frobenius norm) at which a result is wrong rather than rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 INT8_TOLERANCE = 3e-2
+KEPT_BELOW = 1e-4  # no rounding of random activations to int8 is as exact
 CHECKED_ROWS = 512  # of the weight: enough to see any wrong block, and 64-bit products stay cheap
 
 
@@ -38,6 +39,8 @@ def check(candidate: Candidate, call: Callable[[], Any], x: Tensor) -> float:
     allowed = TOLERANCE[candidate.dtype] if candidate.row["activations"] == KEPT else INT8_TOLERANCE
     if not error <= allowed or not bool(got.isfinite().all()):
         raise RuntimeError(f"wrong result: relative error {error:.2e}, allowed {allowed:.0e}")
+    if candidate.row["activations"] != KEPT and error < KEPT_BELOW and bool(exact.any()):
+        raise RuntimeError(f"of another class: relative error {error:.2e}, so the activations were not quantized")
     return error
 
 

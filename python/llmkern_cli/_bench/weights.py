@@ -15,11 +15,22 @@ from llmkern import formats
 from llmkern.formats import PackedWeight
 
 
+def whole(group_size: int, k: int) -> int:
+    """The group size for K columns: halved, down to 32, until it divides K, because few peers take a short last group.
+
+    Where none does, it stays as it is.
+    """
+    smaller = group_size
+    while k % smaller and smaller % 2 == 0 and smaller > 32:
+        smaller //= 2
+    return min(group_size, k) if k % smaller else smaller
+
+
 class Weights:
     """A matrix [N, K]: dense, and packed in every format."""
 
     def __init__(self, n: int, k: int, group_size: int):
-        self.shape, self.group_size = (n, k), min(group_size, k)
+        self.shape, self.group_size = (n, k), whole(group_size, k)
         self.dense = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).bfloat16().float()
 
     @cached_property

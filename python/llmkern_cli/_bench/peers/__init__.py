@@ -17,12 +17,14 @@ from torch import Tensor
 from llmkern_cli._bench.candidate import KEPT, Candidate, row
 from llmkern_cli._bench.weights import Rolled, Weights
 
-FILES = (
-    "torch_dense", "torch_packed", "torch_dynamic", "onnxruntime_matmul", "openvino_compressed", "ark", "xnnpack",
-    "ggml",
-)  # fmt: skip
+FILES = ("torch_dense", "torch_packed", "torch_dynamic", "onnxruntime_matmul", "openvino_compressed", "ark")
 # The type of a weight's values by op; None is that of x.
 VALUES = {"linear": None, "int4_linear": "int4", "int8_linear": "int8", "int8_dynamic_linear": "int8"}
+
+
+def no_refusal(weights: Weights) -> str | None:
+    """For peers that take every shape."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Peer:
     activations: str = KEPT
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     needs: tuple[str, ...] = ()
-    refuses: Callable[[Weights], str | None] = lambda weights: None
+    refuses: Callable[[Weights], str | None] = no_refusal
     most_copies: int = 1_000_000
 
 

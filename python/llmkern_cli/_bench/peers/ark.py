@@ -1,4 +1,7 @@
-"""ARK, the kernels of Intel's auto-round (auto-round-lib): activations kept, or int8 per weight group."""
+"""ARK, the kernels of Intel's auto-round (auto-round-lib): activations kept, or int8 per weight group.
+
+x in fp32 only, as its own layer does on a CPU: with bf16 it corrupted the heap.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,9 @@ import torch
 from torch import Tensor
 
 from llmkern_cli._bench.candidate import KEPT, PER_GROUP, PER_ROW
-from llmkern_cli._bench.peers import Peer, whole_groups
+from llmkern_cli._bench.peers import Peer, no_refusal, whole_groups
 from llmkern_cli._bench.weights import Rolled
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MOST_COPIES = 200
 
 
@@ -23,7 +25,7 @@ def _build(weights: Rolled, dtype: torch.dtype, bits: int, kept: bool) -> tuple[
     (n, k), g = weights.shape, weights.group_size if bits == 4 else weights.shape[1]
     codes = weights.codes4 if bits == 4 else weights.codes8
     scales = weights.scales4 if bits == 4 else weights.scales8[:, None]
-    kind = (g, NAMES[dtype] if kept else "int8", f"int{bits}", "fp32", False)
+    kind = (g, "fp32" if kept else "int8", f"int{bits}", "fp32", False)
     zeros = torch.zeros(k // g, n, dtype=torch.int8)
     blob = ark.repack_quantized_weight(codes.T.contiguous(), scales.T.contiguous(), zeros, *kind)
     return blob, (n, k, *kind)
@@ -42,7 +44,8 @@ def _peer(bits: int, activations: str) -> Peer:
     op = "int4_linear" if bits == 4 else "int8_linear" if kept else "int8_dynamic_linear"
     return Peer(
         f"ark.int{bits}.{'kept' if kept else 'int8'}", op, functools.partial(_build, bits=bits, kept=kept), _bind,
-        activations, tuple(NAMES) if kept else (torch.float32,), ("auto_round_kernel",), whole_groups, MOST_COPIES,
+        activations, (torch.float32,), ("auto_round_kernel",),
+        whole_groups if bits == 4 else no_refusal, MOST_COPIES,
     )  # fmt: skip
 
 

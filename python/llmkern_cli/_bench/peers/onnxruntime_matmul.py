@@ -35,11 +35,11 @@ def _session(nodes: list[Any], constants: list[Any], n: int, k: int) -> Any:
     shared = hasattr(onnxruntime, "set_global_thread_pool_sizes")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
     if shared:
         _pool(torch.get_num_threads())
         options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = torch.get_num_threads()
     graph = helper.make_graph(
         nodes,
         "linear",

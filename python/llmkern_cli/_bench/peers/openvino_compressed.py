@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmkern_cli._bench.candidate import KEPT, PER_GROUP, PER_ROW
-from llmkern_cli._bench.peers import Peer, whole_groups
+from llmkern_cli._bench.peers import Peer, no_refusal, whole_groups
 from llmkern_cli._bench.weights import Rolled
 
 MOST_COPIES = 48
@@ -25,17 +25,20 @@ def _core() -> Any:
 
 
 def _build(weights: Rolled, dtype: torch.dtype, bits: int, group: int) -> Any:
+    import numpy as np
     import openvino
     from openvino import opset13 as ops
 
     (n, k), g = weights.shape, weights.group_size
     if bits == 4:
         codes = weights.codes4.view(n, k // g, g)
-        packed = (codes.flatten()[::2] & 15) | (codes.flatten()[1::2] << 4)
-        stored = openvino.Tensor(packed.to(torch.int8).view(torch.uint8).numpy(), [n, k // g, g], openvino.Type.i4)
+        nibbles = (codes.flatten()[::2] & 15) | (codes.flatten()[1::2] << 4)
+        values = nibbles.view(torch.uint8).numpy()
+        stored = openvino.Tensor(values, [n, k // g, g], openvino.Type.i4)
         scales = weights.scales4.contiguous().view(n, k // g, 1)
     else:
-        stored = openvino.Tensor(weights.codes8.numpy())
+        values = weights.codes8.numpy()
+        stored = openvino.Tensor(values)
         scales = weights.scales8.view(n, 1)
     # Scales in fp16 are how compressed models store them: a scale that fp16 cannot hold exactly is refused.
     if not torch.equal(scales.half().float(), scales):
@@ -44,26 +47,28 @@ def _build(weights: Rolled, dtype: torch.dtype, bits: int, group: int) -> Any:
     weight = ops.multiply(wide, ops.constant(scales.half().numpy()))
     if bits == 4:
         weight = ops.reshape(weight, [n, k], False)
-    x = ops.parameter([-1, k], "f32")
+    x = ops.parameter([-1, k], np.float32)
     y = ops.matmul(x, ops.convert(weight, "f32"), False, True)
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
     }  # fmt: skip
-    return _core().compile_model(openvino.Model([y], [x]), "CPU", options)
+    return _core().compile_model(openvino.Model([y], [x]), "CPU", options), values  # tensors borrow their memory
 
 
-def _bind(compiled: Any, x: Tensor) -> Callable[[], Any]:
+def _bind(layer: tuple[Any, Any], x: Tensor) -> Callable[[], Any]:
     import openvino
 
-    request = compiled.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x.float().numpy(), shared_memory=True))
-    infer = request._RequestWrapper__request.infer if hasattr(request, "_RequestWrapper__request") else request.infer
+    request, inputs = layer[0].create_infer_request(), x.float()
+    request.set_input_tensor(openvino.Tensor(inputs.numpy(), shared_memory=True))
+    infer = request.infer
 
     def call() -> Any:
         infer()
         return request.get_output_tensor().data
+
+    call.inputs = inputs  # type: ignore[attr-defined]  # the request borrows its memory
 
     return call
 
@@ -73,7 +78,7 @@ def _peer(bits: int, group: int, label: str, activations: str) -> Peer:
     kept = (torch.float32, torch.bfloat16) if activations == KEPT else (torch.float32,)
     return Peer(
         f"openvino.int{bits}.{label}", op, functools.partial(_build, bits=bits, group=group), _bind, activations, kept,
-        ("openvino",), whole_groups, MOST_COPIES,
+        ("openvino",), whole_groups if bits == 4 else no_refusal, MOST_COPIES,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def _bind(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _build_prepacked(weights: Rolled, dtype: torch.dtype) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weights.dense.to(dtype).to_mkldnn())
+    return torch.ops.mkldnn._reorder_linear_weight(weights.dense.to(dtype))
 
 
 def _bind_prepacked(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
