@@ -108,7 +108,6 @@ METHODS = {
 }
 
 
-@torch.inference_mode()
 def collect(windows: int) -> list[list[Shared]]:
     """Per block the weights and Hessians of the dense model, from `windows` windows of 512 calibration tokens."""
     model, tokenizer = load_model("smollm2")
@@ -161,6 +160,7 @@ def solve_block(method: Method, block: Sequence[Shared]) -> Iterator[tuple[str, 
             yield "loop", time.perf_counter() - start
 
 
+@torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.solvers", description=__doc__.split("\n")[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (all)")

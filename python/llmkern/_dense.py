@@ -33,6 +33,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return op(a.contiguous(), weight, None, "none", [], "")
 
 
+def squared(x: Tensor) -> Tensor:
+    """|x|² of a contiguous fp32 x, a fp64 scalar."""
+    flat = x.view(-1)
+    return torch.dot(flat, flat).double()
+
+
 @contextmanager
 def dense_by_onednn(model: nn.Module) -> Iterator[None]:
     """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; without gradients."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import product
+from llmkern._dense import product, squared
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
@@ -43,10 +43,14 @@ def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
 
     `unit` is their block of V'. GPTQ as published keeps these values in place of `wc`.
     """
-    # A triangular solve with this many right-hand sides takes three times as long as inverting the small block.
-    eye = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
-    inverse = torch.linalg.solve_triangular(unit, eye, upper=True, unitriangular=True)
-    return product(wc - w, inverse).add_(w)
+    # Forward substitution, move_j = (wc - w)_j - Σ_{i<j} move_i V'_ij: the columns of a w of 0 that keeps every value.
+    move = (wc - w).contiguous()
+    ones = w.new_ones(len(unit))
+    everywhere = torch.ones_like(move, dtype=torch.bool)
+    solved, _ = ops.sparsegpt_block(
+        torch.zeros_like(move), move, unit.contiguous(), ones, everywhere, 0, 0, None, None, None, 0
+    )
+    return solved.add_(w)
 
 
 def gptq_columns(
@@ -74,9 +78,9 @@ def gptq_columns(
         before = w[:, at].contiguous()
         unit = factor.unit[at, at].contiguous()
         kept = None if mask is None else mask[:, at].contiguous()
-        q[:, at] = ops.gptq_block(before, wc, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-        torch.sub(before, q[:, at], out=difference[:, at])
-        energy += _block_energy(before, wc, difference[:, at], factor, at)
+        chosen = ops.gptq_block(before, wc, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
+        q[:, at], difference[:, at] = chosen, before - chosen
+        energy += _block_energy(before, wc, chosen, unit, factor.diagonal[at])
     if factor.order is not None:
         q = q.index_select(1, factor.order.argsort())
     return q, undamped(energy, difference, factor)
@@ -97,15 +101,15 @@ def _start_groups(w: Tensor, difference: Tensor, factor: Factor, grid: Grid, at:
     return wc[:, :width].contiguous()
 
 
-def _block_energy(before: Tensor, wc: Tensor, difference: Tensor, factor: Factor, at: slice) -> Tensor:
-    """fp64 scalar: what columns `at` add to tr(D H Dᵀ) of the damped Hessian, as |D V|² by columns of V."""
-    error = product(difference, factor.unit[at, at]).add_(wc).sub_(before)
-    return error.mul_(factor.diagonal[at]).square_().sum(1).sum(dtype=torch.float64)
+def _block_energy(before: Tensor, wc: Tensor, chosen: Tensor, unit: Tensor, diagonal: Tensor) -> Tensor:
+    """What a block adds to tr(D H Dᵀ) of the damped Hessian, as |D V|² by columns of V; a scalar."""
+    error = product(before - chosen, unit).add_(wc).sub_(before).mul_(diagonal)
+    return squared(error)
 
 
 def undamped(energy: Tensor, difference: Tensor, factor: Factor) -> float:
     """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
-    without = energy - factor.added * difference.square().sum(1).sum(dtype=torch.float64)
+    without = energy - factor.added * squared(difference)
     return float(without if without > CANCELLED * energy else torch.nan)
 
 
@@ -136,9 +140,8 @@ def sparsegpt_columns(
             None if grid is None else grid.scales, None if grid is None else grid.zeros,
             None if groups is None else groups[at], 0 if grid is None else grid.bits,
         )  # fmt: skip
-        q[:, at] = chosen
-        torch.sub(before, chosen, out=difference[:, at])
-        energy += _block_energy(before, wc, difference[:, at], factor, at)
+        q[:, at], difference[:, at] = chosen, before - chosen
+        energy += _block_energy(before, wc, chosen, unit, diagonal)
     return q, keep, undamped(energy, difference, factor)
 
 

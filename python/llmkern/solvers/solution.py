@@ -43,14 +43,17 @@ def relative_loss(weight: Tensor, solved: Tensor, hessian: Hessian, lost: float 
 
 
 def energy(x: Tensor, hessian: Hessian) -> float:
-    """tr(X H Xᵀ) of fp32 x [N, K], summed in fp64; H is symmetric, so its blocks above the diagonal count twice."""
+    """tr(X H Xᵀ) of fp32 x [N, K]; H is symmetric, so its blocks above the diagonal count twice."""
     matrix, k = hessian.raw(), x.shape[1]
+    width = k if k <= 3 * BLOCK else 2 * BLOCK  # narrower blocks do less and copy more
     total = x.new_zeros((), dtype=torch.float64)
-    for start in range(0, k, BLOCK):
-        at = slice(start, start + BLOCK)
-        total += product(x[:, at], matrix[at, at]).mul_(x[:, at]).sum(1).sum(dtype=torch.float64)
+    for start in range(0, k, width):
+        at = slice(start, start + width)
+        part = x[:, at].contiguous()
+        moved = product(part, matrix[at, at])
         if start:
-            total += 2 * product(x[:, :start], matrix[:start, at]).mul_(x[:, at]).sum(1).sum(dtype=torch.float64)
+            moved.add_(product(x[:, :start], matrix[:start, at]), alpha=2)
+        total += torch.dot(moved.view(-1), part.view(-1)).double()
     return float(total)
 
 
