@@ -43,41 +43,21 @@ struct BitmaskSource {
 
     LLMKERN_INLINE_MEMBER void group(Cursor& at) const { next_group(scales, at.scales); }
 
-    // A chunk is decoded at once; int8 in FAST order takes its scale in `add` (int4 in its table).
-    static constexpr bool SCALES_SUMS = ORDER == Order::FAST && KEPT == Kept::I8;
-
-    struct Raw {
-        F32 w[VECTORS];
-    };
-
-    LLMKERN_INLINE_MEMBER void fetch(Cursor& at, Raw& raw) const { next<SCALES_SUMS>(at, raw.w); }
-    LLMKERN_INLINE_MEMBER void fetch_last(Cursor& at, Raw& raw, int columns) const {
-        last<SCALES_SUMS>(at, raw.w, columns);
-    }
-    LLMKERN_INLINE_MEMBER F32 vector(const Cursor&, const Raw& raw, int v) const { return raw.w[v]; }
-    LLMKERN_INLINE_MEMBER F32 add(const Cursor& at, F32 sum, F32 total) const {
-        return SCALES_SUMS ? fma(at.scales.scale, sum, total) : total + sum;
-    }
-
-    // UNSCALED: integers stay codes.
-    template <bool UNSCALED = false>
     LLMKERN_INLINE_MEMBER void next(Cursor& at, F32 (&w)[VECTORS]) const {
         for (int64_t i = 0; i < VALUE_BYTES / 2; i += 64) prefetch(at.values + PREFETCH_AHEAD + i);
         prefetch(at.bits + PREFETCH_AHEAD / (VALUE_BYTES / 2 / BIT_BYTES));
         uint64_t word = 0;
         __builtin_memcpy(&word, at.bits, BIT_BYTES);  // least significant byte first: little-endian machines only
         at.bits += BIT_BYTES;
-        decode<UNSCALED>(at, word, w);
+        decode(at, word, w);
     }
 
-    template <bool UNSCALED = false>
     LLMKERN_INLINE_MEMBER void last(Cursor& at, F32 (&w)[VECTORS], int columns) const {
         uint64_t word = 0;
         for (int i = 0; i < (columns + 7) / 8; ++i) word |= static_cast<uint64_t>(at.bits[i]) << 8 * i;
-        decode<UNSCALED>(at, word & ((uint64_t{1} << columns) - 1), w);
+        decode(at, word & ((uint64_t{1} << columns) - 1), w);
     }
 
-    template <bool UNSCALED>
     LLMKERN_INLINE_MEMBER void decode(Cursor& at, uint64_t word, F32 (&w)[VECTORS]) const {
         const int64_t bytes = kept_bytes(KEPT, __builtin_popcountll(word));
         uint8_t part[VALUE_BYTES];
@@ -86,7 +66,7 @@ struct BitmaskSource {
             copy(part, from, bytes);
             from = part;
         }
-        expand<KEPT, ORDER, Count::ANY>(w, word, from, UNSCALED ? set1(1) : at.scales.scale);
+        expand<KEPT, ORDER, Count::ANY>(w, word, from, at.scales.scale);
         at.values += bytes;
         if constexpr (ORDER == Order::NATURAL) scale_columns(at.scales, w);
     }

@@ -5,13 +5,11 @@
 namespace llmkern::LLMKERN_NS {
 namespace {
 
-// COUNT vectors per chunk; ZEROS: there are zero points.
-template <bool REGULAR, int COUNT, bool ZEROS>
+template <bool REGULAR>
 struct Int8Source {
-    static constexpr int VECTORS = COUNT;
+    static constexpr int VECTORS = 2;
     static constexpr int column(int p) { return p; }
     using Scales = GroupScales<REGULAR, Int8Source>;
-    static constexpr bool SCALES_SUMS = REGULAR;
 
     struct Cursor {
         const int8_t* codes;
@@ -52,35 +50,6 @@ struct Int8Source {
         decode(at, part, w);
     }
 
-    struct Raw {
-        const int8_t* from;
-        int8_t part[VECTORS * F32::WIDTH];  // of a short chunk
-        F32 w[REGULAR ? 1 : VECTORS];       // not REGULAR: scaled already
-    };
-
-    LLMKERN_INLINE_MEMBER void fetch(Cursor& at, Raw& raw) const {
-        prefetch(at.codes + PREFETCH_AHEAD);
-        raw.from = at.codes;
-        if constexpr (!REGULAR) decode(at, raw.from, raw.w);
-        at.codes += VECTORS * F32::WIDTH;
-    }
-
-    LLMKERN_INLINE_MEMBER void fetch_last(Cursor& at, Raw& raw, int columns) const {
-        for (int i = 0; i < VECTORS * F32::WIDTH; ++i) raw.part[i] = i < columns ? at.codes[i] : int8_t{0};
-        raw.from = raw.part;
-        if constexpr (!REGULAR) decode(at, raw.from, raw.w);
-    }
-
-    LLMKERN_INLINE_MEMBER F32 vector(const Cursor& at, const Raw& raw, int v) const {
-        if constexpr (!REGULAR) return raw.w[v];
-        const F32 code = load_i8(raw.from + v * F32::WIDTH);
-        return ZEROS ? code - at.zero : code;
-    }
-
-    LLMKERN_INLINE_MEMBER F32 add(const Cursor& at, F32 sum, F32 total) const {
-        return REGULAR ? fma(at.scale, sum, total) : total + sum;
-    }
-
     LLMKERN_INLINE_MEMBER void decode(Cursor& at, const int8_t* from, F32 (&w)[VECTORS]) const {
         for (int v = 0; v < VECTORS; ++v) {
             const F32 code = load_i8(from + v * F32::WIDTH);
@@ -94,12 +63,9 @@ struct Int8Source {
 void int8_linear(const Int8LinearArgs& args) {
     const LinearArgs& a = args.linear;
     const GroupArgs groups{args.scales, args.scales_dtype, args.zeros, args.group_size, a.k};
-    using Plain = Int8Source<true, 4, false>;
-    using Regular = Int8Source<true, 2, true>;
-    using Irregular = Int8Source<false, 2, true>;
-    if (!args.zeros && Plain::Scales::regular(groups))
-        run_linear(a, Plain{args.codes, a.k, Plain::Scales(groups)});
-    else if (Regular::Scales::regular(groups))
+    using Regular = Int8Source<true>;
+    using Irregular = Int8Source<false>;
+    if (Regular::Scales::regular(groups))
         run_linear(a, Regular{args.codes, a.k, Regular::Scales(groups)});
     else
         run_linear(a, Irregular{args.codes, a.k, Irregular::Scales(groups)});

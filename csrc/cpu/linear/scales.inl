@@ -38,8 +38,6 @@ class GroupScales {
 
     int64_t group_chunks() const { return REGULAR && groups_ > 1 ? args_.group_size / CHUNK : INT64_MAX; }
 
-    bool has_zeros() const { return args_.zeros != nullptr; }
-
     int64_t buffer_floats() const { return 2 * groups_; }
 
     LLMKERN_INLINE_MEMBER void start(Cursor& at, int64_t row, float* buffer) const {

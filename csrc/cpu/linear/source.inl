@@ -14,19 +14,8 @@
 //       void last(Cursor&, F32 (&w)[VECTORS], int columns) const;  // the short chunk that ends a row: reads nothing
 //   };                                                             // past the row; lanes past it: any finite value
 //
-// and, for few rows of x, in two steps, so that at most one vector per row is decoded at a time, and a group's sums may
-// be scaled instead of its weights:
-//
-//       static constexpr bool SCALES_SUMS;                         // whether groups have a factor
-//       struct Raw;                                                // what a chunk's vectors are made from
-//       void fetch(Cursor&, Raw&) const;                           // as `next`
-//       void fetch_last(Cursor&, Raw&, int columns) const;         // as `last`
-//       F32 vector(const Cursor&, const Raw&, int v) const;        // vector v of the chunk, up to the group's factor
-//       F32 add(const Cursor&, F32 sum, F32 total) const;          // total + factor * sum
-//
-// Weights that `next` and `last` decode include their scale. `column` lets a format yield its natural order (int4: even
-// columns, then odd ones): x is permuted to it once per call, instead of every weight. A Source is used by several
-// threads at once.
+// Decoded weights include their scale. `column` lets a format yield its natural order (int4: even columns, then odd
+// ones): x is permuted to it once per call, instead of every weight. A Source is used by several threads at once.
 //
 // Included inside namespace llmkern::LLMKERN_NS by linear/driver.h.
 

@@ -7,8 +7,9 @@
 //
 // Included inside namespace llmkern::LLMKERN_NS by linear/driver.h.
 
-// Sums start again from 0 after this many vectors, because the rounding error of one long chain grows with its length.
-constexpr int STRIP_VECTORS = 128;
+// Sums start again from 0 after this many chunks per lane, because the rounding error of one long chain grows with its
+// length.
+constexpr int STRIP_CHUNKS = 64;
 
 // x as fp32 rows of `ld` floats, permuted to the source's order and padded with zeros to whole chunks.
 template <class Source>
@@ -27,60 +28,31 @@ void unfold_x(const LinearArgs& a, int64_t ld, int rows, float* to) {
 // y[:, n0 .. n0 + R) for M rows of x, of which the first a.m exist.
 template <int M, int R, class Source>
 void stream_rows(const LinearArgs& a, const Source& source, const float* x, int64_t ld, int64_t n0, float* buffer) {
-    // With few sums, several per row keep more multiplications in flight.
-    constexpr int SPARE = REGISTERS / 4 / (R * M) > 1 ? REGISTERS / 4 / (R * M) : 1;
-    constexpr int CHAINS = SPARE < Source::VECTORS ? SPARE : Source::VECTORS;
-    constexpr int64_t STRIP_CHUNKS = STRIP_VECTORS / Source::VECTORS;
+    // With few sums, one per vector of a chunk keeps more multiplications in flight.
+    constexpr int CHAINS = R * M * Source::VECTORS <= REGISTERS / 4 ? Source::VECTORS : 1;
     typename Source::Cursor at[R];
     for (int r = 0; r < R; ++r) source.start(at[r], n0 + r, buffer + r * source.buffer_floats());
     F32 sums[R][M][CHAINS], totals[R][M];
-    for (int r = 0; r < R; ++r)
-        for (int m = 0; m < M; ++m) totals[r][m] = zero();
-
-    const auto multiply = [&](int64_t chunk, const typename Source::Raw(&raw)[R]) __attribute__((always_inline)) {
-        for (int v = 0; v < Source::VECTORS; ++v) {
-            F32 xs[M];
-            for (int m = 0; m < M; ++m) xs[m] = load(x + m * ld + chunk * CHUNK<Source> + v * F32::WIDTH);
-            for (int r = 0; r < R; ++r) {
-                const F32 w = source.vector(at[r], raw[r], v);
-                for (int m = 0; m < M; ++m) sums[r][m][v % CHAINS] = fma(w, xs[m], sums[r][m][v % CHAINS]);
+    const auto multiply = [&](int64_t chunk, F32(&w)[R][Source::VECTORS]) __attribute__((always_inline)) {
+        for (int v = 0; v < Source::VECTORS; ++v)
+            for (int m = 0; m < M; ++m) {
+                const F32 xv = load(x + m * ld + chunk * CHUNK<Source> + v * F32::WIDTH);
+                for (int r = 0; r < R; ++r) sums[r][m][v % CHAINS] = fma(w[r][v], xv, sums[r][m][v % CHAINS]);
             }
-        }
     };
-    const int64_t whole = a.k / CHUNK<Source>, per_group = source.group_chunks();
-    const int columns = static_cast<int>(a.k % CHUNK<Source>);
-    int64_t left = 0, strip = 0;  // chunks of the group and of the strip
-    for (int64_t chunk = 0; chunk < whole || (chunk == whole && columns);) {
-        if (left == 0) {
-            for (int r = 0; r < R; ++r) source.group(at[r]);
-            left = per_group;
-        }
-        if (strip == 0) {
-            for (int r = 0; r < R; ++r)
-                for (int m = 0; m < M; ++m)
-                    for (int c = 0; c < CHAINS; ++c) sums[r][m][c] = zero();
-            strip = STRIP_CHUNKS;
-        }
-        const int64_t most = left < strip ? left : strip;
-        const int64_t end = most < whole - chunk ? chunk + most : whole;
-        left -= end - chunk;
-        strip = Source::SCALES_SUMS ? 0 : strip - (end - chunk);
-        for (; chunk < end; ++chunk) {
-            typename Source::Raw raw[R];
-            for (int r = 0; r < R; ++r) source.fetch(at[r], raw[r]);
-            multiply(chunk, raw);
-        }
-        if (chunk == whole && columns && left > 0) {
-            typename Source::Raw raw[R];
-            for (int r = 0; r < R; ++r) source.fetch_last(at[r], raw[r], columns);
-            multiply(chunk++, raw);
-        }
-        const bool row_ends = chunk > whole || (chunk == whole && !columns);
-        if (strip != 0 && !row_ends) continue;
+    const int64_t whole = a.k / CHUNK<Source>;
+    for (int64_t strip = 0; strip == 0 || strip < whole; strip += STRIP_CHUNKS) {
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m)
+                for (int c = 0; c < CHAINS; ++c) sums[r][m][c] = zero();
+        const int64_t end = strip + STRIP_CHUNKS < whole ? strip + STRIP_CHUNKS : whole;
+        walk(source, at, strip, end, multiply);
+        const int columns = static_cast<int>(a.k % CHUNK<Source>);
+        if (end == whole && columns) walk_last(source, at, whole, columns, multiply);
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) {
                 for (int c = 1; c < CHAINS; ++c) sums[r][m][0] = sums[r][m][0] + sums[r][m][c];
-                totals[r][m] = source.add(at[r], sums[r][m][0], totals[r][m]);
+                totals[r][m] = strip == 0 ? sums[r][m][0] : totals[r][m] + sums[r][m][0];
             }
     }
 

@@ -114,34 +114,20 @@ LLMKERN_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const
 
 #include "cpu/simd/memory.h"
 
-// See int4_linear/kernel.inl.
+// See simd.h.
 struct NibbleGrid {
-    static constexpr bool SCALED = false;
-    static constexpr int VECTORS = 2;
-    static constexpr int column(int p) { return p % F32::WIDTH * 2 + p / F32::WIDTH; }
+    F32 scale = set1(0), zero = set1(0);
 
-    struct Raw {
-        __m256i lanes;
-    };
-    F32 zero = set1(8);
-
-    LLMKERN_INLINE_MEMBER void set(float, float z) { zero = set1(8 + z); }
-    LLMKERN_INLINE_MEMBER static Raw load(const uint8_t* p) {
-        return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+    LLMKERN_INLINE_MEMBER void set(float s, float z) {
+        scale = set1(s);
+        zero = set1(8 + z);
     }
-    LLMKERN_INLINE_MEMBER F32 vector(const Raw& raw, int v) const {
-        const __m256i nibble = _mm256_and_si256(_mm256_srli_epi32(raw.lanes, 4 * v), _mm256_set1_epi32(15));
-        return F32{_mm256_cvtepi32_ps(nibble)} - zero;
-    }
-};
-
-// A lane holds eight columns side by side, as they are stored: nothing to spread.
-struct WideNibbleGrid : NibbleGrid {
-    static constexpr int VECTORS = 8;
-    static constexpr int column(int p) { return p % F32::WIDTH * 8 + p / F32::WIDTH; }
-
-    LLMKERN_INLINE_MEMBER static Raw load(const uint8_t* p) {
-        return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+    LLMKERN_INLINE_MEMBER void load(const uint8_t* p, F32& even, F32& odd) const {
+        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        const F32 low = {_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)))};
+        const F32 high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4))};
+        even = (low - zero) * scale;
+        odd = (high - zero) * scale;
     }
 };
 

@@ -97,35 +97,17 @@ LLMKERN_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const
 
 #include "cpu/simd/memory.h"
 
-// See int4_linear/kernel.inl. The 16 values stand in one register, and a permutation looks them up: it reads the low 4
-// bits of its index, so that a nibble with others above it needs no mask.
+// See simd.h. The 16 values stand in one register, and a permutation looks them up: it reads the low 4 bits of its
+// index, so the low nibble of a byte needs no mask.
 struct NibbleGrid {
-    static constexpr bool SCALED = true;
-    static constexpr int VECTORS = 2;
-    static constexpr int column(int p) { return p % F32::WIDTH * 2 + p / F32::WIDTH; }
-
-    struct Raw {
-        __m512i lanes;
-    };
     F32 values = set1(0);
 
     LLMKERN_INLINE_MEMBER void set(float s, float z) { values = (iota() - set1(8 + z)) * set1(s); }
-    LLMKERN_INLINE_MEMBER static Raw load(const uint8_t* p) {
-        return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+    LLMKERN_INLINE_MEMBER void load(const uint8_t* p, F32& even, F32& odd) const {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        even = {_mm512_permutexvar_ps(bytes, values.v)};
+        odd = {_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values.v)};
     }
-    LLMKERN_INLINE_MEMBER F32 vector(const Raw& raw, int v) const {
-        return {_mm512_permutexvar_ps(v ? _mm512_srli_epi32(raw.lanes, 4 * v) : raw.lanes, values.v)};
-    }
-};
-
-// A lane holds eight columns side by side, as they are stored: a whole cache line per chunk and nothing to spread.
-struct WideNibbleGrid : NibbleGrid {
-    static constexpr bool SCALED = false;
-    static constexpr int VECTORS = 8;
-    static constexpr int column(int p) { return p % F32::WIDTH * 8 + p / F32::WIDTH; }
-
-    LLMKERN_INLINE_MEMBER void set(float, float z) { values = iota() - set1(8 + z); }
-    LLMKERN_INLINE_MEMBER static Raw load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 };
 
 }  // namespace llmkern::avx512_vnni

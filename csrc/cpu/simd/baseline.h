@@ -104,30 +104,23 @@ LLMKERN_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #include "cpu/simd/memory.h"
 
-// See int4_linear/kernel.inl.
+// See simd.h.
 struct NibbleGrid {
-    static constexpr bool SCALED = false;
-    static constexpr int VECTORS = 2;
-    static constexpr int column(int p) { return p % F32::WIDTH * 2 + p / F32::WIDTH; }
+    F32 scale = set1(0), zero = set1(0);
 
-    struct Raw {
-        uint8_t bytes[F32::WIDTH];
-    };
-    F32 zero = set1(8);
-
-    LLMKERN_INLINE_MEMBER void set(float, float z) { zero = set1(8 + z); }
-    LLMKERN_INLINE_MEMBER static Raw load(const uint8_t* p) {
-        Raw raw;
-        __builtin_memcpy(raw.bytes, p, sizeof raw.bytes);
-        return raw;
+    LLMKERN_INLINE_MEMBER void set(float s, float z) {
+        scale = set1(s);
+        zero = set1(8 + z);
     }
-    LLMKERN_INLINE_MEMBER F32 vector(const Raw& raw, int v) const {
-        F32 code;
-        for (int i = 0; i < F32::WIDTH; ++i) code.v[i] = static_cast<float>(raw.bytes[i] >> 4 * v & 15);
-        return code - zero;
+    LLMKERN_INLINE_MEMBER void load(const uint8_t* p, F32& even, F32& odd) const {
+        F32 low, high;
+        for (int i = 0; i < F32::WIDTH; ++i) {
+            low.v[i] = static_cast<float>(p[i] & 15);
+            high.v[i] = static_cast<float>(p[i] >> 4);
+        }
+        even = (low - zero) * scale;
+        odd = (high - zero) * scale;
     }
 };
-
-using WideNibbleGrid = NibbleGrid;
 
 }  // namespace llmkern::baseline

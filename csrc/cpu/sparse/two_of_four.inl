@@ -30,46 +30,25 @@ struct TwoOfFourSource {
 
     LLMKERN_INLINE_MEMBER void group(Cursor& at) const { next_group(scales, at.scales); }
 
-    // A chunk is decoded at once; int8 in FAST order takes its scale in `add` (int4 in its table).
-    static constexpr bool SCALES_SUMS = ORDER == Order::FAST && KEPT == Kept::I8;
-
-    struct Raw {
-        F32 w[VECTORS];
-    };
-
-    LLMKERN_INLINE_MEMBER void fetch(Cursor& at, Raw& raw) const { next<SCALES_SUMS>(at, raw.w); }
-    LLMKERN_INLINE_MEMBER void fetch_last(Cursor& at, Raw& raw, int columns) const {
-        last<SCALES_SUMS>(at, raw.w, columns);
-    }
-    LLMKERN_INLINE_MEMBER F32 vector(const Cursor&, const Raw& raw, int v) const { return raw.w[v]; }
-    LLMKERN_INLINE_MEMBER F32 add(const Cursor& at, F32 sum, F32 total) const {
-        return SCALES_SUMS ? fma(at.scales.scale, sum, total) : total + sum;
-    }
-
-    // UNSCALED: integers stay codes.
-    template <bool UNSCALED = false>
     LLMKERN_INLINE_MEMBER void next(Cursor& at, F32 (&w)[VECTORS]) const {
         for (int64_t i = 0; i < VALUE_BYTES; i += 64) prefetch(at.values + PREFETCH_AHEAD + i);
         prefetch(at.positions + PREFETCH_AHEAD / (VALUE_BYTES / POSITION_BYTES));
-        decode<UNSCALED>(at, at.values, at.positions, w);
+        decode(at, at.values, at.positions, w);
         at.values += VALUE_BYTES;
         at.positions += POSITION_BYTES;
     }
 
-    template <bool UNSCALED = false>
     LLMKERN_INLINE_MEMBER void last(Cursor& at, F32 (&w)[VECTORS], int columns) const {
         // Quads past the row have zeros for positions and values: whatever they give meets zeros of x.
         const int quads = (columns + 3) / 4;
         uint8_t part[VALUE_BYTES] = {}, places[POSITION_BYTES] = {};
         for (int i = 0; i < kept_bytes(KEPT, 2 * quads); ++i) part[i] = at.values[i];
         for (int i = 0; i < (quads + 1) / 2; ++i) places[i] = at.positions[i];
-        decode<UNSCALED>(at, part, places, w);
+        decode(at, part, places, w);
     }
 
-    template <bool UNSCALED>
     LLMKERN_INLINE_MEMBER void decode(Cursor& at, const uint8_t* kept, const uint8_t* places, F32 (&w)[VECTORS]) const {
-        expand<KEPT, ORDER, Count::TWO_OF_FOUR>(w, bits_of_positions(places), kept,
-                                                UNSCALED ? set1(1) : at.scales.scale);
+        expand<KEPT, ORDER, Count::TWO_OF_FOUR>(w, bits_of_positions(places), kept, at.scales.scale);
         if constexpr (ORDER == Order::NATURAL) scale_columns(at.scales, w);
     }
 };
