@@ -15,6 +15,10 @@ pip="-m pip --disable-pip-version-check --quiet"
 
 "$python" -m venv "$work/build"
 "$work/build/bin/python" $pip install build
+if "$work/build/bin/python" -c 'import torch' 2> /dev/null; then
+  echo "the environment that builds the wheel has torch in it" >&2
+  exit 1
+fi
 rm -rf "${work:?}/dist" "$work/tests" "$work"/found-*.json
 "$work/build/bin/python" -m build --wheel --outdir "$work/dist" . > "$work/build.log" 2>&1 || {
   tail -n 20 "$work/build.log" >&2
