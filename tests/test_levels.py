@@ -28,7 +28,8 @@ MARKS = {
     "SSSE3 or later": r"\t(?:pmulld|pm(?:in|ax)(?:s[bd]|u[wd])|p(?:ext|ins)r[bdq]|pmov[sz]x\w+|pblend\w+|pshufb|palignr"
     r"|ptest|pcmp(?:eq|gt)q|round[ps][sd]|blendv?p[sd]|insertps|extractps|popcnt)[lqw]? ",
     "AVX-512": r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])",
-    "AVX-512 BF16 or FP16": r"\tv(?:dpbf16ps|cvtne2?ps2?\w*bf16|\w+ph |\w+sh )",
+    "AVX-512 BF16": r"\tv(?:dpbf16ps|cvtne2?ps2?\w*bf16)",
+    "AVX-512 FP16": r"\tv(?:\w+ph |\w+sh )",
     "AMX": r"%tmm|\t(?:ldtilecfg|sttilecfg|tilerelease|tile\w+|tdp\w+) ",
 }
 # tzcnt is in no list: compilers write it for bsf too, as its bytes run as bsf on a machine that lacks it.
@@ -36,10 +37,10 @@ MARKS = {
 F16C = re.compile(r"\tvcvt(?:ph2ps|ps2ph) ")
 FORBIDDEN = {
     "baseline": tuple(MARKS),
-    "avx2": ("AVX-512", "AVX-512 BF16 or FP16", "AMX"),
-    "avx512_vnni": ("AVX-512 BF16 or FP16", "AMX"),
-    "avx512_bf16": ("AMX",),
-    "amx": ("AVX-512 BF16 or FP16",),
+    "avx2": ("AVX-512", "AVX-512 BF16", "AVX-512 FP16", "AMX"),
+    "avx512_vnni": ("AVX-512 BF16", "AVX-512 FP16", "AMX"),
+    "avx512_bf16": ("AVX-512 FP16", "AMX"),
+    "amx": ("AVX-512 BF16", "AVX-512 FP16"),
 }
 
 
@@ -117,7 +118,7 @@ def above(level: str, text: str) -> list[str]:
     found = []
     for kind in FORBIDDEN[level]:
         for match in re.finditer(rf"^.*(?:{MARKS[kind]}).*$", text, re.MULTILINE):
-            if kind == "AVX-512 BF16 or FP16" and F16C.search(match[0]):
+            if kind == "AVX-512 FP16" and F16C.search(match[0]):
                 continue
             found.append(f"{kind}: {match[0].strip()}")
             break
@@ -136,6 +137,8 @@ def above(level: str, text: str) -> list[str]:
         ("  10:\tvdpbf16ps %zmm0,%zmm1,%zmm2", "avx512_vnni"),
         ("  10:\tvcvtneps2bf16 %zmm0,%ymm1", "avx512_vnni"),
         ("  10:\ttdpbssd %tmm0,%tmm1,%tmm2", "avx512_vnni"),
+        ("  10:\tvaddph %zmm0,%zmm1,%zmm2", "avx512_bf16"),
+        ("  10:\ttdpbssd %tmm0,%tmm1,%tmm2", "avx512_bf16"),
     ],
 )
 def test_the_rules_see_instructions_above(line: str, level: str) -> None:
@@ -145,6 +148,7 @@ def test_the_rules_see_instructions_above(line: str, level: str) -> None:
 def test_the_rules_let_a_level_have_its_own() -> None:
     assert not above("avx2", "\n  1:\tvcvtph2ps %xmm0,%ymm1\n  2:\tpext   %rax,%rbx,%rcx\n")
     assert not above("avx512_vnni", "\n  1:\tvcvtps2ph $0x0,%zmm0,%ymm1\n  2:\tvpdpbusd %zmm0,%zmm1,%zmm2\n")
+    assert not above("avx512_bf16", "\n  1:\tvdpbf16ps %zmm0,%zmm1,%zmm2\n  2:\tvcvtne2ps2bf16 %zmm0,%zmm1,%zmm2\n")
     assert not above("baseline", "\n  1:\taddps  %xmm0,%xmm1\n  2:\tverr   %ax\n")
 
 
@@ -159,9 +163,9 @@ def test_no_object_holds_instructions_above_its_level() -> None:
         str(path.relative_to(ROOT)): kinds for path in objects if (kinds := above(level_of(path), disassembly(path)))
     }
     assert not bad
-    assert {level_of(path) for path in objects} >= {"baseline", "avx2", "avx512_vnni"}
+    assert {level_of(path) for path in objects} >= {"baseline", "avx2", "avx512_vnni", "avx512_bf16"}
     # The disassembly is real: each level's objects hold instructions of their own.
-    for level, kind in (("avx2", "VEX (AVX and later)"), ("avx512_vnni", "AVX-512")):
+    for level, kind in (("avx2", "VEX (AVX and later)"), ("avx512_vnni", "AVX-512"), ("avx512_bf16", "AVX-512 BF16")):
         for path in objects:
             if level_of(path) == level:
                 assert re.search(MARKS[kind], disassembly(path)), f"{path.name} holds no {kind}"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LINEAR_CASES, ROWS_OF_X, LinearCase, inputs, quantizes_x
+from cases import BF16, CASES, DTYPES, F32, I8, LINEAR_CASES, ROWS_OF_X, LinearCase, inputs, quantizes_x
 from torch import Tensor
 
 import llmkern
@@ -69,6 +69,19 @@ def test_values(op: str, row: str, case: LinearCase, dtype: torch.dtype, generat
 
 
 @pytest.mark.of_ops(*LINEAR_OPS)
+@pytest.mark.usefixtures("poisoned")
+def test_every_number_of_rows(op: str, row: str, generator: torch.Generator) -> None:
+    """Each number of rows has its own split into registers; beyond 512 rows x is packed in blocks."""
+    case = next(case for case in CASES[op] if (case.n, case.k) == (33, 75) and case.value_dtype in (BF16, I8))
+    bias = make_bias(case, generator)
+    for m in (*range(2, 34), 530):
+        x = torch.randn((m, case.k), generator=generator).bfloat16()
+        with forced(row):
+            y = OPS[op](*case.args(x, bias))
+        testing.assert_within(y, *expected(case, x, bias), f"{op} on {row}, {case}, M={m}")
+
+
+@pytest.mark.of_ops(*LINEAR_OPS)
 def test_layouts(op: str, row: str, generator: torch.Generator) -> None:
     for case in (CASES[op][1], CASES[op][-1]):
         for label, x in inputs(case.k, generator).items():
@@ -90,9 +103,10 @@ def test_public_function_is_the_op(op: str, row: str, generator: torch.Generator
 
 @pytest.mark.of_ops(*LINEAR_OPS)
 @pytest.mark.parametrize("m", [1, 5, 40])
-def test_a_nan_stays_in_its_row(op: str, row: str, m: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_a_nan_stays_in_its_row(op: str, row: str, m: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     for case in (case for case in CASES[op] if (case.n, case.k) in ((33, 75), (64, 576))):
-        x = torch.randn((m, case.k), generator=generator)
+        x = torch.randn((m, case.k), generator=generator).to(dtype)
         x[m // 2] = torch.nan  # the whole row: a NaN at a column whose weights are all pruned may vanish
         with forced(row):
             y = OPS[op](*case.args(x, None))
@@ -103,10 +117,11 @@ def test_a_nan_stays_in_its_row(op: str, row: str, m: int, generator: torch.Gene
 
 
 @pytest.mark.of_ops(*LINEAR_OPS)
-def test_results_do_not_depend_on_threads(op: str, row: str, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_results_do_not_depend_on_threads(op: str, row: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     for case in CASES[op][-4:]:
         for m in (1, 20):
-            x, results = torch.randn((m, case.k), generator=generator), []
+            x, results = torch.randn((m, case.k), generator=generator).to(dtype), []
             for count in (1, 2, 3):
                 with forced(row):
                     torch.set_num_threads(count)

@@ -34,6 +34,11 @@ uint64_t enabled_states() {
     return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+bool is_amd() {
+    const Leaf vendor = cpuid(0, 0);  // "Auth" "enti" "cAMD"
+    return vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163;
+}
+
 Cpu ask() {
     const Leaf one = cpuid(1, 0), seven = cpuid(7, 0), more = cpuid(7, 1);
     const uint64_t states = bit(one.ecx, 27) ? enabled_states() : 0;
@@ -61,6 +66,8 @@ Cpu ask() {
 
 #else
 
+bool is_amd() { return false; }
+
 Cpu ask() { return {}; }
 
 #endif
@@ -76,6 +83,11 @@ bool amx_granted() {
 }
 
 }  // namespace
+
+bool fast_bf16_products() {
+    static const bool fast = is_amd();
+    return fast;
+}
 
 const std::vector<Level>& levels() {
     static const std::vector<Level> table = [] {

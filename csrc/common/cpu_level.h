@@ -21,4 +21,8 @@ struct Level {
 // The rows of levels.def in order, tested once.
 const std::vector<Level>& levels();
 
+// Whether vdpbf16ps, where there is one, is as fast as an fp32 FMA, for twice the work. AMD's is; Intel's runs at a
+// quarter of that rate, so that fp32 sums are twice as fast there.
+bool fast_bf16_products();
+
 }  // namespace llmkern

@@ -36,7 +36,7 @@ RUN = """
 done = 0
 for case in CASES[{op!r}]:
     weight = [guarded(arg) if isinstance(arg, torch.Tensor) else arg for arg in case.args(torch.ones(case.k), None)[1:]]
-    for m in (1, 3, 17):
+    for m in (1, 3, 17, 30):
         for dtype in (torch.float32, torch.bfloat16):
             x = guarded(torch.ones(m, case.k, dtype=dtype))
             for row in llmkern.kernels({op!r}):

@@ -72,9 +72,24 @@ struct BitmaskSource {
     }
 };
 
+#ifdef LLMKERN_PAIR_DOT
+#include "cpu/sparse/pairs.inl"
+
+#include "cpu/bitmask_linear/pairs.inl"
+#endif
+
 template <Kept KEPT, Order ORDER = Order::FAST>
 void run(const BitmaskLinearArgs& args) {
     const auto* values = static_cast<const uint8_t*>(args.values);
+#ifdef LLMKERN_PAIR_DOT
+    if constexpr (KEPT == Kept::BF16 || KEPT == Kept::I8) {
+        const int64_t k = args.linear.k;
+        const GroupArgs groups{args.scales, args.scales_dtype, nullptr, args.scales ? args.group_size : k, k};
+        const BitmaskPairs<KEPT> weight{
+            {}, values, values + kept_bytes(KEPT, args.row_offsets[args.linear.n]), args.bits, args.row_offsets, k};
+        if (takes_pairs(args.linear, groups)) return run_pairs(args.linear, groups, weight);
+    }
+#endif
     const BitmaskSource<KEPT, ORDER> source{
         values,        values + kept_bytes(KEPT, args.row_offsets[args.linear.n]),
         args.bits,     args.row_offsets,

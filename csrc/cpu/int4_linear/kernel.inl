@@ -58,6 +58,10 @@ struct Int4Source {
     }
 };
 
+#ifdef LLMKERN_PAIR_DOT
+#include "cpu/int4_linear/pairs.inl"
+#endif
+
 struct Int4Rows {
     using Dot = Dot4;
     using Tile = Tile4;
@@ -80,6 +84,9 @@ void int4_linear(const Int4LinearArgs& args) {
     const GroupArgs groups{args.scales, args.scales_dtype, args.zeros, args.group_size, a.k};
     const int64_t row_bytes = (a.k + 7) / 8 * 4;
     if (args.int8_activations) return run_integer(a, groups, args.group_size, Int4Rows{args.nibbles, row_bytes});
+#ifdef LLMKERN_PAIR_DOT
+    if (takes_pairs(a, groups)) return run_pairs(a, groups, Int4Pairs{args.nibbles, row_bytes});
+#endif
     using Regular = Int4Source<true>;
     using Irregular = Int4Source<false>;
     if (Regular::Scales::regular(groups))

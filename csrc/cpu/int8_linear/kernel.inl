@@ -58,11 +58,18 @@ struct Int8Source {
     }
 };
 
+#ifdef LLMKERN_PAIR_DOT
+#include "cpu/int8_linear/pairs.inl"
+#endif
+
 }  // namespace
 
 void int8_linear(const Int8LinearArgs& args) {
     const LinearArgs& a = args.linear;
     const GroupArgs groups{args.scales, args.scales_dtype, args.zeros, args.group_size, a.k};
+#ifdef LLMKERN_PAIR_DOT
+    if (takes_pairs(a, groups)) return run_pairs(a, groups, Int8Pairs{args.codes, a.k});
+#endif
     using Regular = Int8Source<true>;
     using Irregular = Int8Source<false>;
     if (Regular::Scales::regular(groups))

@@ -5,7 +5,7 @@
 
 #define LLMKERN_BYTE_DOT
 
-namespace llmkern::avx512_vnni {
+namespace llmkern::LLMKERN_NS {
 
 struct I32 {
     __m512i v;
@@ -169,4 +169,4 @@ struct Tile8 : TileBase {
     }
 };
 
-}  // namespace llmkern::avx512_vnni
+}  // namespace llmkern::LLMKERN_NS

@@ -1,6 +1,9 @@
 // The fp32 linear driver for the level of the file that includes this, after cpu/simd/<level>.h.
 #pragma once
 
+#include <utility>
+
+#include "common/cpu_level.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "cpu/linear/linear.h"
@@ -16,5 +19,11 @@ namespace llmkern::LLMKERN_NS {
 #include "cpu/linear/multiply.inl"
 
 #include "cpu/linear/driver.inl"
+
+#ifdef LLMKERN_PAIR_DOT
+#include "cpu/linear/pair_codes.inl"
+
+#include "cpu/linear/pairs.inl"
+#endif
 
 }  // namespace llmkern::LLMKERN_NS

@@ -1,13 +1,16 @@
-// F32 in AVX-512 (F, BW, DQ, VL, VNNI, VBMI, VBMI2): 16 lanes. See simd.h for the interface.
+// F32 in AVX-512 (F, BW, DQ, VL, VNNI, VBMI, VBMI2): 16 lanes. See simd.h for the interface. Levels above that
+// have the same lanes set LLMKERN_NS to their name first.
 #pragma once
 
 #include <immintrin.h>
 
 #include "cpu/simd/simd.h"
 
+#ifndef LLMKERN_NS
 #define LLMKERN_NS avx512_vnni
+#endif
 
-namespace llmkern::avx512_vnni {
+namespace llmkern::LLMKERN_NS {
 
 #include "cpu/simd/scalar.h"
 
@@ -110,4 +113,4 @@ struct NibbleGrid {
     }
 };
 
-}  // namespace llmkern::avx512_vnni
+}  // namespace llmkern::LLMKERN_NS

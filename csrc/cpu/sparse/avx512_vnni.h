@@ -5,7 +5,7 @@
 #include "cpu/simd/avx512_vnni.h"
 #include "cpu/sparse/sparse.h"
 
-namespace llmkern::avx512_vnni {
+namespace llmkern::LLMKERN_NS {
 
 constexpr int EXPAND_VECTORS = 4;
 constexpr int EXPAND_CHUNK = EXPAND_VECTORS * F32::WIDTH;
@@ -94,4 +94,4 @@ LLMKERN_INLINE void expand(F32 (&w)[EXPAND_VECTORS], uint64_t bits, const uint8_
     }
 }
 
-}  // namespace llmkern::avx512_vnni
+}  // namespace llmkern::LLMKERN_NS

@@ -9,9 +9,21 @@ namespace {
 
 #include "cpu/sparse/two_of_four.inl"
 
+#ifdef LLMKERN_PAIR_DOT
+#include "cpu/sparse/pairs.inl"
+
+#include "cpu/sparse/two_of_four_pairs.inl"
+#endif
+
 template <Order ORDER>
 void run(const Sparse24Int4LinearArgs& args) {
     const int64_t k = args.linear.k;
+#ifdef LLMKERN_PAIR_DOT
+    const GroupArgs groups{args.scales, args.scales_dtype, nullptr, args.group_size, k};
+    const TwoOfFourPairs<Kept::I4> weight{
+        {}, reinterpret_cast<const uint8_t*>(args.words), ((k + 3) / 4 * 2 + 7) / 8 * 4, args.positions, k};
+    if (takes_pairs(args.linear, groups)) return run_pairs(args.linear, groups, weight);
+#endif
     const TwoOfFourSource<Kept::I4, ORDER> source{reinterpret_cast<const uint8_t*>(args.words),
                                                   ((k + 3) / 4 * 2 + 7) / 8 * 4, args.positions, k,
                                                   kept_scales(args.scales, args.scales_dtype, args.group_size, k)};

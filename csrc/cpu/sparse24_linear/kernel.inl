@@ -9,9 +9,23 @@ namespace {
 
 #include "cpu/sparse/two_of_four.inl"
 
+#ifdef LLMKERN_PAIR_DOT
+#include "cpu/sparse/pairs.inl"
+
+#include "cpu/sparse/two_of_four_pairs.inl"
+#endif
+
 template <Kept KEPT, Order ORDER = Order::FAST>
 void run(const Sparse24LinearArgs& args) {
     const int64_t k = args.linear.k;
+#ifdef LLMKERN_PAIR_DOT
+    if constexpr (KEPT == Kept::BF16 || KEPT == Kept::I8) {
+        const GroupArgs groups{args.scales, args.scales_dtype, nullptr, args.scales ? args.group_size : k, k};
+        const TwoOfFourPairs<KEPT> weight{
+            {}, static_cast<const uint8_t*>(args.values), kept_bytes(KEPT, (k + 3) / 4 * 2), args.positions, k};
+        if (takes_pairs(args.linear, groups)) return run_pairs(args.linear, groups, weight);
+    }
+#endif
     const TwoOfFourSource<KEPT, ORDER> source{static_cast<const uint8_t*>(args.values),
                                               kept_bytes(KEPT, (k + 3) / 4 * 2), args.positions, k,
                                               kept_scales(args.scales, args.scales_dtype, args.group_size, k)};

@@ -1,0 +1,3 @@
+#include "cpu/sparse/avx512_bf16.h"
+
+#include "cpu/sparse24_linear/kernel.inl"
