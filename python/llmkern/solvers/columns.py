@@ -79,8 +79,9 @@ def gptq_columns(
         unit = factor.unit[at, at].contiguous()
         kept = None if mask is None else mask[:, at].contiguous()
         chosen = ops.gptq_block(before, wc, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-        q[:, at], difference[:, at] = chosen, before - chosen
-        energy += _block_energy(before, wc, chosen, unit, factor.diagonal[at])
+        moved = before - chosen
+        q[:, at], difference[:, at] = chosen, moved
+        energy += _block_energy(moved, wc, before, unit, factor.diagonal[at])
     if factor.order is not None:
         q = q.index_select(1, factor.order.argsort())
     return q, undamped(energy, difference, factor)
@@ -101,9 +102,9 @@ def _start_groups(w: Tensor, difference: Tensor, factor: Factor, grid: Grid, at:
     return wc[:, :width].contiguous()
 
 
-def _block_energy(before: Tensor, wc: Tensor, chosen: Tensor, unit: Tensor, diagonal: Tensor) -> Tensor:
+def _block_energy(moved: Tensor, wc: Tensor, before: Tensor, unit: Tensor, diagonal: Tensor) -> Tensor:
     """What a block adds to tr(D H Dᵀ) of the damped Hessian, as |D V|² by columns of V; a scalar."""
-    error = product(before - chosen, unit).add_(wc).sub_(before).mul_(diagonal)
+    error = product(moved, unit).add_(wc).sub_(before).mul_(diagonal)
     return squared(error)
 
 
@@ -140,8 +141,9 @@ def sparsegpt_columns(
             None if grid is None else grid.scales, None if grid is None else grid.zeros,
             None if groups is None else groups[at], 0 if grid is None else grid.bits,
         )  # fmt: skip
-        q[:, at], difference[:, at] = chosen, before - chosen
-        energy += _block_energy(before, wc, chosen, unit, diagonal)
+        moved = before - chosen
+        q[:, at], difference[:, at] = chosen, moved
+        energy += _block_energy(moved, wc, before, unit, diagonal)
     return q, keep, undamped(energy, difference, factor)
 
 

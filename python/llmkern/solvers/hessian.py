@@ -225,6 +225,7 @@ def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> 
         upper[at, at] = corner
         if start:
             # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
-            inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start, dtype=dtype), upper=True)
+            eye = torch.eye(stop - start, dtype=dtype, device=matrix.device)
+            inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
             upper[:start, at] = product(rest[:start], inverse.T)
     return upper
