@@ -14,11 +14,22 @@
 namespace llmkern {
 namespace {
 
-// A worker that finds no job looks this long for the next one before it sleeps. Longer would take cores from others;
-// shorter would pay a wake-up (about 5 us for the caller, 50 us for the worker) at every layer of a model.
-constexpr auto SPIN = std::chrono::microseconds(40);
+using Clock = std::chrono::steady_clock;
+
+// A worker that finds no job looks for the next one before it sleeps: for SPIN without a break, then up to WATCH with
+// its core on offer to anyone between two looks. The layers of a model call up to some hundred microseconds apart.
+constexpr auto SPIN = std::chrono::microseconds(20);
+constexpr auto WATCH = std::chrono::milliseconds(2);
+// An offer that was taken for so long went to a thread that does not give the core back, such as the spinning worker of
+// another pool. Only a wake-up gets it back then, so for CONTENDED the worker sleeps at once and watches no more.
+constexpr auto TAKEN = std::chrono::microseconds(500);
+constexpr auto CONTENDED = std::chrono::milliseconds(50);
+// What it costs the caller to wake sleepers (50 to 100 us measured on virtual machines). They are left asleep until
+// what they could have saved adds up to that, in this job and those before it.
+constexpr auto WAKE = std::chrono::microseconds(60);
 // Chunks per thread: enough that a thread whose core is taken away leaves little behind.
 constexpr int CHUNKS_PER_THREAD = 8;
+constexpr int64_t MEASURABLE = 6;
 
 void pause() {
 #if defined(__x86_64__)
@@ -50,13 +61,17 @@ class Pool {
         done_.store(0, std::memory_order_relaxed);
         state_.store(pack(job_of(state_.load(std::memory_order_relaxed)) + 1, static_cast<uint64_t>(threads - 1),
                           static_cast<uint64_t>(chunks_)));
-        if (asleep_.load() > 0) {
-            {
-                std::lock_guard<std::mutex> lock(sleep_);
-            }
-            wake_.notify_all();
-        }
-        work(state_.load(std::memory_order_relaxed));
+        const auto start = Clock::now();
+        // The first chunk tells how long the job takes; too few of them and it would be most of the job.
+        bool woken = chunks_ < MEASURABLE && wake();
+        work(state_.load(std::memory_order_relaxed), [&](int64_t left) {
+            if (woken || asleep_.load() == 0) return;
+            const auto spent = Clock::now() - start;
+            if (left == 0)
+                missed_ += spent - spent / threads;
+            else if (const auto rest = spent / (chunks_ - left) * left; missed_ + rest - rest / threads > WAKE)
+                woken = wake();
+        });
         // Only chunks that a worker took are still open. Its core may be taken away: then give ours up too.
         for (int spins = 0; done_.load(std::memory_order_acquire) != chunks_; ++spins) {
             if (spins < 4096)
@@ -84,8 +99,19 @@ class Pool {
         return std::min(started_, wanted);
     }
 
-    // Takes chunks of the job of `state` until none is left.
-    void work(uint64_t state) {
+    bool wake() {
+        if (asleep_.load() == 0) return false;
+        {
+            std::lock_guard<std::mutex> lock(sleep_);
+        }
+        wake_.notify_all();
+        missed_ = {};
+        return true;
+    }
+
+    // Takes chunks of the job of `state` until none is left; calls after(chunks left) after each.
+    template <class After>
+    void work(uint64_t state, After after) {
         const uint64_t job = job_of(state);
         while (job_of(state) == job && left_of(state) > 0) {
             if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel)) continue;
@@ -94,20 +120,40 @@ class Pool {
             run_(context_, tasks_ * chunk / chunks_, tasks_ * (chunk + 1) / chunks_);
             done_.fetch_add(1, std::memory_order_release);
             state = state_.load(std::memory_order_acquire);
+            if (job_of(state) == job) after(left_of(state));
         }
     }
 
     bool is_news(uint64_t state, uint64_t seen) const { return job_of(state) != seen && left_of(state) > 0; }
 
+    // Looks for a job after `seen`; the last state it saw.
+    uint64_t watch(uint64_t seen, Clock::time_point& contended_until) {
+        const auto start = Clock::now();
+        const auto until = start < contended_until ? start + SPIN : start + WATCH;
+        uint64_t state = state_.load(std::memory_order_acquire);
+        for (auto now = start; !is_news(state, seen) && now < until;) {
+            if (now < start + SPIN) {
+                for (int i = 0; i < 16; ++i) pause();
+                now = Clock::now();
+            } else {
+                std::this_thread::yield();
+                const auto back = Clock::now();
+                if (back - now > TAKEN) {
+                    contended_until = back + CONTENDED;
+                    return state_.load(std::memory_order_acquire);
+                }
+                now = back;
+            }
+            state = state_.load(std::memory_order_acquire);
+        }
+        return state;
+    }
+
     void loop(int index) {
         uint64_t seen = 0;
+        Clock::time_point contended_until{};
         for (;;) {
-            uint64_t state = state_.load(std::memory_order_acquire);
-            const auto until = std::chrono::steady_clock::now() + SPIN;
-            while (!is_news(state, seen) && std::chrono::steady_clock::now() < until) {
-                for (int i = 0; i < 16; ++i) pause();
-                state = state_.load(std::memory_order_acquire);
-            }
+            uint64_t state = watch(seen, contended_until);
             if (!is_news(state, seen)) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 asleep_.fetch_add(1);
@@ -115,12 +161,13 @@ class Pool {
                 asleep_.fetch_sub(1);
             }
             seen = job_of(state);
-            if (index < helpers_of(state)) work(state);
+            if (index < helpers_of(state)) work(state, [](int64_t) {});
         }
     }
 
     std::mutex owner_;  // held by the thread whose job this is
     int started_ = 0;
+    Clock::duration missed_{};  // by leaving sleepers asleep
 
     alignas(64) std::atomic<uint64_t> state_{0};
     int64_t tasks_ = 0, chunks_ = 0;
