@@ -116,6 +116,39 @@ def test_a_nan_stays_in_its_row(op: str, row: str, m: int, dtype: torch.dtype, g
             assert y[m // 2].isnan().all(), f"{case}: a NaN in x is missing from y"
 
 
+@pytest.mark.of_ops("int4_linear", "int8_linear")
+@pytest.mark.parametrize("m", [1, 3, 8])
+def test_extreme_x(op: str, row: str, m: int, generator: torch.Generator) -> None:
+    """Infinities meet single weights, not the sum of x, and tiny x keeps its bits."""
+    case = LinearCase(op, 19, 192, group_size=64, symmetric=False)
+    x = torch.randn((m, case.k), generator=generator)
+    x[:, 70] = torch.inf
+    with forced(row):
+        y = OPS[op](*case.args(x, None))
+    column = case.weight().unpack(torch.float64)[:, 70]
+    wanted = torch.where(column == 0, torch.nan, column.sign() * torch.inf).expand(m, -1)
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=0, equal_nan=True)
+    for size in (1e-33, 1e-20, 1e30):
+        x = torch.randn((m, case.k), generator=generator) * size
+        with forced(row):
+            y = OPS[op](*case.args(x, None))
+        testing.assert_within(y, *expected(case, x, None), f"{op} on {row}, x about {size}")
+
+
+@pytest.mark.of_ops("int4_linear", "int8_linear", "int8_dynamic_linear")
+@pytest.mark.usefixtures("poisoned")
+def test_rows_of_every_kind_of_strip(op: str, row: str, generator: torch.Generator) -> None:
+    """Few rows of x: whole strips of columns, then whole chunks, then a short one, in groups that are cut or are not."""
+    for k, group_size in ((1000, None), (576, 64), (1536, 512), (2080, 1024), (1984, 128), (1024, None), (40, None)):
+        for symmetric in (True, False):
+            case = LinearCase(op, 21, k, group_size=group_size, symmetric=symmetric, scale_dtype=BF16)
+            for m in (1, 2, 3, 5, 8):
+                x = torch.randn((m, k), generator=generator).bfloat16()
+                with forced(row):
+                    y = OPS[op](*case.args(x, None))
+                testing.assert_within(y, *expected(case, x, None), f"{op} on {row}, {case}, M={m}")
+
+
 @pytest.mark.of_ops(*LINEAR_OPS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 def test_results_do_not_depend_on_threads(op: str, row: str, dtype: torch.dtype, generator: torch.Generator) -> None:

@@ -84,6 +84,9 @@ void int4_linear(const Int4LinearArgs& args) {
     const GroupArgs groups{args.scales, args.scales_dtype, args.zeros, args.group_size, a.k};
     const int64_t row_bytes = (a.k + 7) / 8 * 4;
     if (args.int8_activations) return run_integer(a, groups, args.group_size, Int4Rows{args.nibbles, row_bytes});
+#ifdef LLMKERN_CODE_STREAM
+    if (run_codes<NibbleCodes>(a, groups, args.nibbles, row_bytes)) return;
+#endif
 #ifdef LLMKERN_PAIR_DOT
     if (takes_pairs(a, groups)) return run_pairs(a, groups, Int4Pairs{args.nibbles, row_bytes});
 #endif

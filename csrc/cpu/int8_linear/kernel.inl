@@ -67,6 +67,9 @@ struct Int8Source {
 void int8_linear(const Int8LinearArgs& args) {
     const LinearArgs& a = args.linear;
     const GroupArgs groups{args.scales, args.scales_dtype, args.zeros, args.group_size, a.k};
+#ifdef LLMKERN_CODE_STREAM
+    if (run_codes<ByteCodes>(a, groups, args.codes, a.k)) return;
+#endif
 #ifdef LLMKERN_PAIR_DOT
     if (takes_pairs(a, groups)) return run_pairs(a, groups, Int8Pairs{args.codes, a.k});
 #endif

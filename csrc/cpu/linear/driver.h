@@ -20,6 +20,10 @@ namespace llmkern::LLMKERN_NS {
 
 #include "cpu/linear/driver.inl"
 
+#ifdef LLMKERN_CODE_STREAM
+#include "cpu/linear/codes.inl"
+#endif
+
 #ifdef LLMKERN_PAIR_DOT
 #include "cpu/linear/pair_codes.inl"
 
