@@ -110,7 +110,8 @@ struct CodesW {
 template <class Codes, int R, int M>
 LLMKERN_INLINE void multiply_codes(CodesW w, const float* x, const float* x_sums, int64_t strips, int64_t chunks,
                                    int64_t ahead, F32 (&totals)[R][M]) {
-    constexpr int W = F32::WIDTH, V = Codes::VECTORS, CHAINS = R * M < 8 ? 2 : 1;
+    // Not by R: a row's sums must not depend on which rows it is multiplied with, that is, on the number of threads.
+    constexpr int W = F32::WIDTH, V = Codes::VECTORS, CHAINS = M == 1 ? 2 : 1;
     for (; strips > 0; --strips) {
         F32 sums[R][M][CHAINS];
         for (int r = 0; r < R; ++r) {
