@@ -189,10 +189,7 @@ def test_ggml_blocks_hold_the_codes_exactly(bits):
     blocks = ggml._blocks(weights.rolled(0), bits)
     assert blocks.shape == (16, 4, 18 if bits == 4 else 34)
     scales, values = blocks[..., :2].contiguous().view(torch.float16).float(), blocks[..., 2:]
-    if bits == 4:
-        codes = torch.cat([values & 15, values >> 4], -1).float() - 8
-    else:
-        codes = values.view(torch.int8).float()
+    codes = torch.cat([values & 15, values >> 4], -1).float() - 8 if bits == 4 else values.view(torch.int8).float()
     assert torch.equal((codes * scales).view(16, 128), weights.exact(f"int{bits}"))
 
 
@@ -287,6 +284,19 @@ def test_sparse_goals_are_against_our_own_and_per_dtype():
     lines = goals.cells(list(found.values()))
     assert [line[0] for line in lines] == list(dict.fromkeys(goal for goal, _ in found))
     assert any("not met (1 of 2): worst 1.10 of 1.2 (4096x4096 M=1)" in line[2] for line in lines)
+
+
+def test_the_plot_has_a_panel_per_class_and_dense_in_each():
+    rows = [
+        row("linear", 100.0, peer="torch.dense", values="float32"), row("int4_linear", 50.0),
+        row("int4_linear", 40.0, activations=PER_GROUP), row("linear", 90.0, peer="torch.dense", dtype="bfloat16"),
+    ]  # fmt: skip
+    texts = [text.text for text in ElementTree.fromstring(plot.render(rows)).iter() if text.tag.endswith("}text")]
+    assert "activations kept, float32" in texts
+    assert "activations int8 per group" in texts
+    assert "activations kept, bfloat16" not in texts  # nothing there to compare with dense
+    assert texts.count("torch.dense") == 1
+    assert {"torch.dense, fp32", "torch.dense, bf16"} <= set(texts)
 
 
 def bench(capsys, *args):
