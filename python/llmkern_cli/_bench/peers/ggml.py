@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,15 @@ CONTEXT_BYTES = 16_384  # of descriptions of three tensors and a graph of one no
 GRAPH_NODES = 8
 
 P, I64, SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
+WARNINGS = (3, 4)  # and errors, of its levels of messages
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, P)
+
+
+@LOG
+def _log(level: int, text: bytes, _: int | None) -> None:
+    """Its other messages are a line per weight that is packed."""
+    if level in WARNINGS:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
 
 
 class _Memory(ctypes.Structure):
@@ -34,6 +44,7 @@ class _Memory(ctypes.Structure):
 
 
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_log_set": (None, (LOG, P)),
     "ggml_init": (P, (_Memory,)),
     "ggml_free": (None, (P,)),
     "ggml_new_tensor_2d": (P, (P, ctypes.c_int, I64, I64)),
@@ -68,6 +79,7 @@ class _Library:
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(self.c, name)
             function.restype, function.argtypes = result, arguments
+        self.c.ggml_log_set(_log, None)
         self.backend = self.c.ggml_backend_cpu_init()
         self.device = self.c.ggml_backend_get_device(self.backend)
         self.kinds_of_memory = [*self._layouts(), self.c.ggml_backend_cpu_buffer_type()]
