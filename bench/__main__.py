@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("import_cost", "overhead", "threads", "linear", "generate", "solvers", "quality", "demo")
+BENCHMARKS = ("import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "quality", "demo")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +13,7 @@ from bench import results
 from llmkern import _features
 from llmkern_cli._bench import generate, goals, limits, measure, ours, peers, plot, shapes, timing
 from llmkern_cli._bench.candidate import CLASSES, KEPT, PER_GROUP, PER_ROW
+from llmkern_cli._bench.peers import ggml, xnnpack
 from llmkern_cli._bench.weights import Weights, whole
 
 LIMITS = {"read_gb_s": 10.0, "float32_gop_s": 100.0, "bfloat16_gop_s": 100.0, "int8_gop_s": 200.0, "peaks": {}}
@@ -54,9 +56,31 @@ def test_every_candidate_is_timed_in_every_round_on_the_next_copy():
 
 def test_a_burst_is_long_enough_for_the_clock():
     burst = timing.burst(lambda: None)
-    assert burst.lead_in == 1
     assert burst.timed > 100
-    assert burst.calls == burst.timed + 1
+    assert burst.lead_in > 5 * burst.timed
+    assert burst.calls == burst.timed + burst.lead_in
+
+
+def test_a_long_call_needs_no_lead_in_and_one_interrupted_call_does_not_look_long(monkeypatch):
+    monkeypatch.setattr(timing, "LONG_SECONDS", 2e-3)
+    assert timing.burst(lambda: time.sleep(3e-3)) == timing.Burst(0, 1)
+    lengths = iter([1e-2, 1e-3, 1e-4, 1e-4])
+    burst = timing.burst(lambda: time.sleep(next(lengths, 1e-4)))
+    assert burst.lead_in > 1
+
+
+def test_copies_are_built_until_enough_is_read_between_two_uses(monkeypatch):
+    monkeypatch.setattr(timing, "burst", lambda call: timing.Burst(1, 2))
+    candidate = next(peers.candidates(Weights(32, 64, 32), torch.float32, ("torch_dense",)))
+    few, many = (32 * 64 * 4 * copies for copies in (5, 50))
+    for cold, least in ((few, 5), (many, 50)):
+        monkeypatch.setattr(timing, "COLD_BYTES", cold)
+        (row,) = measure.measure([candidate], [1], LIMITS, seconds=0)
+        assert row["copies"] == len(candidate.layers) >= least
+        assert row["rotated_bytes"] > cold
+    candidate.most_copies = 4
+    (row,) = measure.measure([candidate], [1], LIMITS, seconds=0)
+    assert row["copies"] == 4
 
 
 def test_summary():
@@ -159,6 +183,53 @@ def test_every_file_of_peers_says_what_it_needs():
             assert (candidate.exact is None) == bool(candidate.row["skipped"])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ggml_blocks_hold_the_codes_exactly(bits):
+    weights = Weights(16, 128, 64)
+    blocks = ggml._blocks(weights.rolled(0), bits)
+    assert blocks.shape == (16, 4, 18 if bits == 4 else 34)
+    scales, values = blocks[..., :2].contiguous().view(torch.float16).float(), blocks[..., 2:]
+    codes = torch.cat([values & 15, values >> 4], -1).float() - 8 if bits == 4 else values.view(torch.int8).float()
+    assert torch.equal((codes * scales).view(16, 128), weights.exact(f"int{bits}"))
+
+
+def test_xnnpack_multiplies_the_rounded_rows():
+    weights = Weights(16, 64, 32)
+    x = measure.input_rows(3, 64, torch.float32)
+    pytest.importorskip("torchao.quantization.quant_primitives")
+    layer = xnnpack._Linear(weights.codes4, weights.scales4, 4)
+    exact = x @ weights.exact("int4").T
+    assert 1e-4 < float((layer(x) - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize(("name", "package"), [("ggml", "llama_cpp"), ("xnnpack", "executorch")])
+def test_a_peer_of_int8_activations_is_checked_and_timed(name, package):
+    pytest.importorskip(package)
+    found = list(peers.candidates(Weights(32, 128, 64), torch.float32, (name,)))
+    rows = measure.measure(found, [1, 3], LIMITS, seconds=0)
+    assert [row["skipped"] for row in rows] == [None] * 4
+    assert {row["activations"] for row in rows} == {PER_GROUP if name == "ggml" else PER_ROW}
+    if name == "ggml":
+        assert {row["group_size"] for row in rows} == {32}
+
+
+@pytest.mark.parametrize(("name", "group_size", "k"), [("ggml", 16, 64), ("ggml", 32, 40), ("xnnpack", 16, 64)])
+def test_blocks_of_32_columns_are_asked_for(name, group_size, k):
+    files = {"ggml": ggml, "xnnpack": xnnpack}
+    assert "of 32" in files[name].PEERS[0].refuses(Weights(32, k, group_size))
+
+
+def test_the_listed_peers_are_all_there():
+    found = {candidate.row["peer"] for candidate in peers.candidates(Weights(32, 128, 64), torch.float32)}
+    assert {
+        "torch.dense", "torch.dense.prepacked", "torch._weight_int4pack_mm_for_cpu", "torch._weight_int8pack_mm",
+        "torch.quantized.linear_dynamic", "onnxruntime.MatMulNBits.level0", "onnxruntime.MatMulNBits.level4",
+        "onnxruntime.DynamicQuantizeMatMul", "openvino.int4.kept", "openvino.int4.group128", "openvino.int8.kept",
+        "openvino.int8.row", "ark.int4.kept", "ark.int4.int8", "ark.int8.kept", "ark.int8.int8", "xnnpack.qd8.qb4w",
+        "xnnpack.qd8.qc8w", "ggml.q4_0", "ggml.q8_0",
+    } <= found  # fmt: skip
+
+
 def test_group_sizes_divide_where_they_can():
     assert [whole(128, k) for k in (4096, 576, 96, 100, 24)] == [128, 64, 32, 100, 24]
 
@@ -213,6 +284,19 @@ def test_sparse_goals_are_against_our_own_and_per_dtype():
     lines = goals.cells(list(found.values()))
     assert [line[0] for line in lines] == list(dict.fromkeys(goal for goal, _ in found))
     assert any("not met (1 of 2): worst 1.10 of 1.2 (4096x4096 M=1)" in line[2] for line in lines)
+
+
+def test_the_plot_has_a_panel_per_class_and_dense_in_each():
+    rows = [
+        row("linear", 100.0, peer="torch.dense", values="float32"), row("int4_linear", 50.0),
+        row("int4_linear", 40.0, activations=PER_GROUP), row("linear", 90.0, peer="torch.dense", dtype="bfloat16"),
+    ]  # fmt: skip
+    texts = [text.text for text in ElementTree.fromstring(plot.render(rows)).iter() if text.tag.endswith("}text")]
+    assert "activations kept, float32" in texts
+    assert "activations int8 per group" in texts
+    assert "activations kept, bfloat16" not in texts  # nothing there to compare with dense
+    assert texts.count("torch.dense") == 1
+    assert {"torch.dense, fp32", "torch.dense, bf16"} <= set(texts)
 
 
 def bench(capsys, *args):

@@ -50,34 +50,11 @@ def measure(
     told: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of every candidate at every M, of one shape. What cannot be built or is wrong is a row with its reason."""
-    _build_copies(candidates, min(ms))
     rows = []
     for m in ms:
         rows += _measure_at(candidates, m, limits, seconds)
         told(f"M={m}")
     return rows
-
-
-def _build_copies(candidates: Sequence[Candidate], m: int) -> None:
-    """As many copies of each layer as keep its weight out of the caches, for the bursts of the smallest M."""
-    bursts: dict[int, timing.Burst] = {}
-    for at, candidate in enumerate(candidates):
-        if candidate.row["skipped"]:
-            continue
-        x = input_rows(m, candidate.row["k"], candidate.dtype)
-        try:
-            assert candidate.build is not None
-            assert candidate.bind is not None
-            candidate.layers = [candidate.build(0)]
-            bursts[at] = timing.burst(candidate.bind(candidate.layers[0], x))
-        except Exception as error:  # a peer may fail in any way; that is its row
-            candidate.skip(f"{type(error).__name__}: {error}"[:300])
-    rounds = timing.cold_rounds(sum(candidates[at].nbytes * burst.calls for at, burst in bursts.items()))
-    for at, burst in bursts.items():
-        candidate = candidates[at]
-        wanted = min(rounds * burst.calls, candidate.most_copies)
-        assert candidate.build is not None
-        candidate.layers += [candidate.build(number) for number in range(1, wanted)]
 
 
 def _measure_at(
@@ -86,17 +63,40 @@ def _measure_at(
     rows = [{**candidate.row, "m": m} for candidate in candidates]
     calls: dict[str, list[Callable[[], Any]]] = {}
     bursts: dict[str, timing.Burst] = {}
-    for at, candidate in enumerate(candidates):
-        if not candidate.layers:
-            continue
-        x = input_rows(m, candidate.row["k"], candidate.dtype)
+
+    def attempt(at: int, step: Callable[[int], None]) -> None:
+        """A peer may fail in any way; that is its row."""
         try:
-            assert candidate.bind is not None
-            bound = [candidate.bind(layer, x) for layer in candidate.layers]
-            rows[at]["error"] = check(candidate, bound[0], x)
-            bursts[str(at)], calls[str(at)] = timing.burst(bound[0]), bound
+            step(at)
         except Exception as error:
             rows[at]["skipped"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            calls.pop(str(at), None)
+            bursts.pop(str(at), None)
+
+    def first(at: int) -> None:
+        candidate = candidates[at]
+        assert candidate.bind is not None
+        _grow(candidate, 1)
+        x = input_rows(m, candidate.row["k"], candidate.dtype)
+        call = candidate.bind(candidate.layers[0], x)
+        rows[at]["error"] = check(candidate, call, x)
+        bursts[str(at)], calls[str(at)] = timing.burst(call), [call]
+
+    def copies(at: int) -> None:
+        """As many as keep its weight out of the caches, and their calls."""
+        candidate = candidates[at]
+        assert candidate.bind is not None
+        wanted = min(rounds * bursts[str(at)].calls, candidate.most_copies)
+        _grow(candidate, wanted)
+        x = input_rows(m, candidate.row["k"], candidate.dtype)
+        calls[str(at)] += [candidate.bind(layer, x) for layer in candidate.layers[1:wanted]]
+
+    for at, candidate in enumerate(candidates):
+        if not candidate.row["skipped"]:
+            attempt(at, first)
+    rounds = timing.cold_rounds(sum(candidates[int(at)].nbytes * burst.calls for at, burst in bursts.items()))
+    for at in [int(name) for name in bursts]:
+        attempt(at, copies)
     timings = timing.interleaved(calls, bursts, seconds=seconds) if calls else {}
     per_round = sum(candidates[int(at)].nbytes * burst.calls for at, burst in bursts.items())
     dense = {
@@ -106,15 +106,21 @@ def _measure_at(
     }
     for name, found in timings.items():
         row, candidate = rows[int(name)], candidates[int(name)]
-        copies = len(candidate.layers)
+        used = len(calls[name])
         row.update(
-            median_us=round(found.median_us, 2), spread=round(found.spread, 3), rounds=found.rounds, copies=copies,
-            rotated_bytes=int(per_round * copies / bursts[name].calls), bytes=candidate.nbytes,
+            median_us=round(found.median_us, 2), spread=round(found.spread, 3), rounds=found.rounds, copies=used,
+            rotated_bytes=int(per_round * used / bursts[name].calls), bytes=candidate.nbytes,
             operations=2 * m * candidate.multiplied, **_limit(candidate, m, limits, found.median_us),
         )  # fmt: skip
         if row["dtype"] in dense:
             row["ratio_to_dense"] = round(found.median_us / dense[row["dtype"]], 3)
     return rows
+
+
+def _grow(candidate: Candidate, copies: int) -> None:
+    """Build as many layers, if it has fewer."""
+    assert candidate.build is not None
+    candidate.layers += [candidate.build(number) for number in range(len(candidate.layers), copies)]
 
 
 def _limit(candidate: Candidate, m: int, limits: dict[str, Any], median_us: float) -> dict[str, Any]:

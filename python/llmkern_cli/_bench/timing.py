@@ -19,10 +19,15 @@ from typing import Any, NamedTuple
 
 COLD_BYTES = 1 << 30
 FEWEST_ROUNDS = 5
-# A burst of calls is timed as one, so that neither the clock nor the wake-up of the candidate's threads shows ...
+# A burst of calls is timed as one, so that the clock does not show.
 BURST_SECONDS = 300e-6
-# ... and up to this length of a call an untimed call comes first, which wakes them.
-LEAD_IN_SECONDS = 5e-3
+# Before it the candidate runs untimed for as long as the one before may disturb it: that one's threads still spin, its
+# own sleep, and its code is cold. Its first call takes up to three times as long, the next ones a quarter more, and
+# after this time nothing is left of it.
+LEAD_IN_SECONDS = 2e-3
+# From this length of a call on, what is disturbed in it does not show.
+LONG_SECONDS = 5e-3
+PROBES = 5
 
 
 class Timing(NamedTuple):
@@ -47,12 +52,20 @@ class Burst(NamedTuple):
 
 
 def burst(call: Callable[[], Any]) -> Burst:
-    """How many calls make a burst, from the second call; the first may fault pages in or prepack."""
+    """How many calls make a burst, by the shortest of a few: the first may fault pages in or prepack, and any of them
+    may be interrupted.
+    """
     call()
-    start = time.perf_counter()
-    call()
-    seconds = max(time.perf_counter() - start, 1e-7)
-    return Burst(int(seconds < LEAD_IN_SECONDS), max(1, math.ceil(BURST_SECONDS / seconds)))
+    shortest, spent = math.inf, 0.0
+    for _ in range(PROBES):
+        start = time.perf_counter()
+        call()
+        seconds = max(time.perf_counter() - start, 1e-7)
+        shortest, spent = min(shortest, seconds), spent + seconds
+        if spent > LONG_SECONDS:
+            break
+    lead_in = math.ceil(LEAD_IN_SECONDS / shortest) if shortest < LONG_SECONDS else 0
+    return Burst(lead_in, math.ceil(BURST_SECONDS / shortest))
 
 
 def cold_rounds(bytes_per_round: int) -> int:

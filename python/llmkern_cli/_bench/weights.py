@@ -87,11 +87,14 @@ class Weights:
 
 
 class Rolled:
-    """What a peer builds copy `number` of its layer from; `dense`, `codes4` and so on are fresh tensors."""
+    """What a peer builds copy `number` of its layer from; `dense`, `codes4` and so on are fresh tensors.
+
+    source: the matrix before its rows moved.
+    """
 
     def __init__(self, weights: Weights, number: int):
         self.shape, self.group_size = weights.shape, weights.group_size
-        self._weights, self._number = weights, number
+        self.source, self._number = weights, number
 
     def __getattr__(self, name: str) -> Tensor:
-        return getattr(self._weights, name).roll(self._number, 0)
+        return getattr(self.source, name).roll(self._number, 0)

@@ -17,7 +17,10 @@ from torch import Tensor
 from llmkern_cli._bench.candidate import KEPT, Candidate, row
 from llmkern_cli._bench.weights import Rolled, Weights
 
-FILES = ("torch_dense", "torch_packed", "torch_dynamic", "onnxruntime_matmul", "openvino_compressed", "ark")
+FILES = (
+    "torch_dense", "torch_packed", "torch_dynamic", "onnxruntime_matmul", "openvino_compressed", "ark", "xnnpack",
+    "ggml",
+)  # fmt: skip
 # The type of a weight's values by op; None is that of x.
 VALUES = {"linear": None, "int4_linear": "int4", "int8_linear": "int8", "int8_dynamic_linear": "int8"}
 
@@ -32,7 +35,8 @@ class Peer:
     """`build(rolled, dtype)` makes a layer, `bind(layer, x)` the call whose result is x [M, K] times its weight.
 
     op: the one of ours it stands against; needs: the packages, by the name they are imported as; refuses: why not at
-    this shape, or None; most_copies: for layers that take long to build or much memory.
+    this shape, or None; most_copies: for layers that take long to build or much memory; group_size: of its own format,
+    where that has one, or None.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Peer:
     needs: tuple[str, ...] = ()
     refuses: Callable[[Weights], str | None] = no_refusal
     most_copies: int = 1_000_000
+    group_size: int | None = None
 
 
 def candidates(weights: Weights, dtype: torch.dtype, names: tuple[str, ...] = FILES) -> Iterator[Candidate]:
@@ -56,9 +61,10 @@ def candidates(weights: Weights, dtype: torch.dtype, names: tuple[str, ...] = FI
 def _candidate(peer: Peer, weights: Weights, dtype: torch.dtype) -> Candidate:
     n, k = weights.shape
     values = VALUES[peer.op]
+    group_size = peer.group_size or {"int4": weights.group_size, "int8": k, None: None}[values]
     described = row(
         op=peer.op, peer=peer.name, shape=weights.shape, dtype=dtype, activations=peer.activations,
-        group_size={"int4": weights.group_size, "int8": k, None: None}[values],
+        group_size=group_size,
         values=values or str(dtype).removeprefix("torch."),
     )  # fmt: skip
     made = Candidate(
@@ -66,7 +72,7 @@ def _candidate(peer: Peer, weights: Weights, dtype: torch.dtype) -> Candidate:
         dtype,
         lambda number: peer.build(weights.rolled(number), dtype),
         peer.bind,
-        nbytes=_nbytes(values, weights, dtype),
+        nbytes=_nbytes(values, n, k, group_size, dtype),
         multiplied=n * k,
         most_copies=peer.most_copies,
     )
@@ -95,11 +101,11 @@ def _import_error(package: str) -> str | None:
     return None
 
 
-def _nbytes(values: str | None, weights: Weights, dtype: torch.dtype) -> int:
+def _nbytes(values: str | None, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> int:
     """What one call must read: the values, and scales in two bytes."""
-    n, k = weights.shape
-    groups = -(-k // weights.group_size)
-    return {"int4": n * k // 2 + 2 * n * groups, "int8": n * k + 2 * n, None: n * k * dtype.itemsize}[values]
+    if group_size is None:
+        return n * k * dtype.itemsize
+    return n * k // {"int4": 2, "int8": 1}[str(values)] + 2 * n * -(-k // group_size)
 
 
 def whole_groups(weights: Weights) -> str | None:

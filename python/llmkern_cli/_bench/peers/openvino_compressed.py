@@ -13,7 +13,7 @@ from llmkern_cli._bench.candidate import KEPT, PER_GROUP, PER_ROW
 from llmkern_cli._bench.peers import Peer, no_refusal, whole_groups
 from llmkern_cli._bench.weights import Rolled
 
-MOST_COPIES = 48
+MOST_COPIES = 100
 PER_TOKEN = 2**64 - 1  # the size of a group that OpenVINO takes for "the whole row"
 
 
