@@ -53,7 +53,9 @@ struct TileBase {
                 const uint32x2_t last = vld1_u32(from + 4 * PAIRS);
                 pairs[PAIRS] = vreinterpretq_s8_u32(vcombine_u32(last, last));
             }
-            for (int v = 0; v < VECTORS; ++v)
+            for (int v = 0; v < VECTORS; ++v) {
+                // Else the compiler loads all of w first, and has no registers left for sums.
+                __asm__ volatile("" ::: "memory");
                 for (int half = 0; half < 2; ++half) {
                     const int8x16_t w = vreinterpretq_s8_u8(vld1q_u8(tile + (s + half) * STEP_BYTES + v * 16));
 #pragma GCC unroll 4
@@ -63,6 +65,7 @@ struct TileBase {
                     }
                     if (ROWS % 2) alone[v][half] = vdotq_s32(alone[v][half], pairs[PAIRS], w);
                 }
+            }
         }
         if (ROWS % 2)
             for (int v = 0; v < VECTORS; ++v) {
