@@ -1,19 +1,19 @@
 # Everything from a fresh machine: needs Python 3.10+ (PYTHON=python3.12 picks another), a C++17 compiler, and make.
-#   make demo   make test   make lint   make sanitize   make bench   make clean
+#   make demo   make test   make lint   make sanitize   make cross   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The constraints keep torch at one version everywhere, so that no step replaces the one before's.
 PIP := PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt) \
+SOURCES := pyproject.toml README.md LICENSE $(wildcard CMakeLists.txt cmake/*.cmake) \
 	$(shell find python csrc -type f ! -name '*.pyc' ! -name '*.so' 2>/dev/null)
 NATIVE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # The demo's model is in a package; nothing is looked up on the hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint sanitize bench clean
+.PHONY: demo test lint sanitize cross bench clean
 .DELETE_ON_ERROR:
 # Two pip runs in one environment would get in each other's way, also under `make -j`.
 .NOTPARALLEL:
@@ -32,6 +32,10 @@ lint: $(VENV)/dev
 
 sanitize: $(VENV)/dev $(VENV)/installed
 	tools/sanitize.sh $(abspath $(BIN))/python
+
+# AArch64 in an emulator; needs a cross compiler (the script says which).
+cross: $(VENV)/dev
+	PATH="$(abspath $(BIN)):$$PATH" tools/cross_aarch64.sh $(abspath $(BIN))/python
 
 bench: $(VENV)/dev $(VENV)/installed $(VENV)/model
 	$(BIN)/python -m bench

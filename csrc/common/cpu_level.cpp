@@ -9,6 +9,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace llmkern {
 namespace {
@@ -64,6 +69,55 @@ Cpu ask() {
     return cpu;
 }
 
+// Linux hands out the tile registers only to a process that asks for them.
+bool amx_granted() {
+#if defined(__linux__)
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+bool is_amd() { return false; }
+
+// What the kernel says that it and the processor support. Numbers, because older headers lack the newer names.
+Cpu ask() {
+    const unsigned long one = getauxval(AT_HWCAP), two = getauxval(AT_HWCAP2);
+    const auto bit = [](unsigned long word, int index) { return ((word >> index) & 1) != 0; };
+    Cpu cpu{};
+    cpu.crc32 = bit(one, 7);
+    cpu.lse = bit(one, 8);
+    cpu.fp16 = bit(one, 9) && bit(one, 10);  // scalar and vector
+    cpu.rdm = bit(one, 12);
+    cpu.dotprod = bit(one, 20);
+    cpu.i8mm = bit(two, 13);
+    return cpu;
+}
+
+#elif defined(__aarch64__) && defined(__APPLE__)
+
+bool is_amd() { return false; }
+
+bool has(const char* feature) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+
+Cpu ask() {
+    Cpu cpu{};
+    cpu.crc32 = has("hw.optional.armv8_crc32");
+    cpu.lse = has("hw.optional.arm.FEAT_LSE");
+    cpu.fp16 = has("hw.optional.arm.FEAT_FP16");
+    cpu.rdm = has("hw.optional.arm.FEAT_RDM");
+    cpu.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    cpu.i8mm = has("hw.optional.arm.FEAT_I8MM");
+    return cpu;
+}
+
 #else
 
 bool is_amd() { return false; }
@@ -71,16 +125,6 @@ bool is_amd() { return false; }
 Cpu ask() { return {}; }
 
 #endif
-
-// Linux hands out the tile registers only to a process that asks for them.
-bool amx_granted() {
-#if defined(__x86_64__) && defined(__linux__)
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return false;
-#endif
-}
 
 }  // namespace
 
@@ -91,7 +135,7 @@ bool fast_bf16_products() {
 
 const std::vector<Level>& levels() {
     static const std::vector<Level> table = [] {
-        const Cpu cpu = ask();
+        [[maybe_unused]] const Cpu cpu = ask();
         return std::vector<Level>{
 #define LLMKERN_LEVEL(name, flags, test) {#name, (test), flags},
 #include "common/levels.def"

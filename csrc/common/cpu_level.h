@@ -10,6 +10,7 @@ struct Cpu {
     bool avx2, fma, f16c, bmi2;
     bool avx512f, avx512bw, avx512dq, avx512vl, avx512vnni, avx512vbmi, avx512vbmi2, avx512bf16;
     bool amx_tile, amx_int8, amx_bf16;
+    bool crc32, lse, rdm, fp16, dotprod, i8mm;  // of AArch64; the first three are ARMv8.1's
 };
 
 struct Level {

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int VECTORS = 2;
 constexpr int ROWS = VECTORS * F32::WIDTH;
-constexpr int CHUNK = F32::WIDTH == 16 ? 8 : 4;  // CHUNK * VECTORS differences in 32 or 16 registers
+constexpr int CHUNK = vector_registers(F32::WIDTH) == 32 ? 8 : 4;  // CHUNK * VECTORS differences in 32 or 16 registers
 
 struct Tile {
     float* w;       // [b][ROWS], overwritten by q

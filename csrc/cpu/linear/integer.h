@@ -11,7 +11,11 @@ namespace llmkern::LLMKERN_NS {
 #include "cpu/linear/integer.inl"
 
 #ifdef LLMKERN_BYTE_DOT
+#ifdef LLMKERN_QUAD_DOT
+#include "cpu/linear/integer_quad.inl"
+#else
 #include "cpu/linear/integer_fast.inl"
+#endif
 
 #include "cpu/linear/integer_tile.inl"
 #endif

@@ -22,7 +22,8 @@
 //       pack(codes, ld, rows, steps, to)        // rows of such codes, `ld` apart, as a panel
 //       build(rows, bytes, to)                  // the first `bytes` of a chunk of LANES rows -> COLUMNS / STEP steps
 //       multiply(sums, tile, x, steps)          // sums[ROWS][VECTORS] += steps of a tile times steps of x
-//   };
+//       turn(sums)                              // to the order in which multiply() wants the sums, and back; only
+//   };                                          // where the level defines LLMKERN_TURNED_SUMS
 //
 // Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
 
@@ -116,6 +117,9 @@ void multiply_panel(const TileShape<Tile>& shape, const TileX& x, const TileMemo
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) dots[r][v] = set1_i32(x.sums[(row + r) * x.groups + group]);
         }
+#ifdef LLMKERN_TURNED_SUMS
+        Tile::turn(dots);
+#endif
         while (begin < stop) {
             const int64_t steps = stop - begin < TILE_RUN ? stop - begin : TILE_RUN;
             ahead.fetch<ROWS>();
@@ -124,6 +128,9 @@ void multiply_panel(const TileShape<Tile>& shape, const TileX& x, const TileMemo
             codes += steps * R;
             begin += steps;
         }
+#ifdef LLMKERN_TURNED_SUMS
+        Tile::turn(dots);
+#endif
         if (stop < group_end) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)

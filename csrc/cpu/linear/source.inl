@@ -23,7 +23,7 @@
 // distance must pass all of them; 16 KiB measured twice as fast as 1 KiB for 4 rows of 4 KiB.
 constexpr int64_t PREFETCH_AHEAD = 16384;
 
-constexpr int REGISTERS = F32::WIDTH == 16 ? 32 : 16;
+constexpr int REGISTERS = vector_registers(F32::WIDTH);
 
 template <class Source>
 constexpr int CHUNK = Source::VECTORS * F32::WIDTH;

@@ -5,7 +5,7 @@
 // code in that namespace and use no inline function of the standard library beyond trivial ones: a function that two
 // levels share is kept once by the linker, and then runs with the flags of either.
 //
-//   F32, F32::WIDTH              4 (baseline), 8 (avx2), 16 (avx512_vnni)
+//   F32, F32::WIDTH              4 (baseline, neon_dotprod), 8 (avx2), 16 (avx512_vnni)
 //   + - * /                      lane by lane
 //   < <= > >= ==                 give a Mask; & | ~ combine masks
 //   select(mask, yes, no)        lane by lane; first_lanes(n): Mask of the first n lanes; any(mask)
@@ -28,3 +28,16 @@
 
 #define LLMKERN_INLINE static inline __attribute__((always_inline))
 #define LLMKERN_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace llmkern {
+
+// How many vectors of `width` floats the registers hold.
+constexpr int vector_registers([[maybe_unused]] int width) {
+#if defined(__aarch64__)
+    return 32;
+#else
+    return width == 16 ? 32 : 16;
+#endif
+}
+
+}  // namespace llmkern

@@ -1,0 +1,3 @@
+#include "cpu/sparse/neon_dotprod.h"
+
+#include "cpu/bitmask_linear/kernel.inl"

@@ -1,0 +1,3 @@
+#include "cpu/simd/neon_dotprod.h"
+
+#include "cpu/scale_search/kernel.inl"
