@@ -187,35 +187,49 @@ void run_blocks(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const 
             constexpr int R = Dot::ROWS;
             BlockW w;
             w.row_bytes = weight.row_bytes();
-            w.scales_ld = groups + W;
             w.blocks_per_group = groups > 1 ? g.group_size / Dot::COLUMNS : INT64_MAX;
             w.groups_per_block = GROUPS == Groups::SPLIT ? Dot::COLUMNS / g.group_size : 0;
             for (int lane = 0; lane < W; ++lane)
                 w.lanes[lane] = static_cast<int32_t>(lane * (Dot::COLUMNS / W) / g.group_size);
+            // Scales are taken for several rows of w at a time, which costs less than row by row. SPLIT reads a vector
+            // at any group, and what comes after the last one must be 0.
+            constexpr int64_t TAKEN = GROUPS == Groups::SPLIT ? 1 : 16;
+            w.scales_ld = TAKEN * groups + W;
             Carver task(scratch(Scratch::TASK,
                                 Carver::bytes<float>(R * w.scales_ld) + Carver::bytes<int32_t>(R * w.scales_ld)));
-            w.scales = task.take<float>(R * w.scales_ld);
-            w.offsets = task.take<int32_t>(R * w.scales_ld);
-            const auto take = [&](int64_t n, int64_t n_step, int count) {
-                w.bytes = weight.row(n);
-                w.stride = n_step * w.row_bytes;
+            float* scales = task.take<float>(R * w.scales_ld);
+            int32_t* offsets = task.take<int32_t>(R * w.scales_ld);
+            // Rows n + i + r * n_step for i < taken and r < count.
+            const auto take = [&](int64_t n, int64_t n_step, int64_t taken, int count) {
                 for (int r = 0; r < count; ++r) {
-                    const int64_t row = n + r * n_step;
-                    float* scales = w.scales + r * w.scales_ld;
-                    int32_t* offsets = w.offsets + r * w.scales_ld;
-                    convert_row(scales, g.scales, g.scales_dtype, row * groups, groups);
-                    for (int64_t j = 0; j < groups; ++j)
-                        offsets[j] = -Dot::OFFSET - (g.zeros ? g.zeros[row * groups + j] : 0);
-                    for (int64_t j = groups; j < w.scales_ld; ++j) scales[j] = 0, offsets[j] = 0;
+                    const int64_t first = (n + r * n_step) * groups, values = taken * groups;
+                    float* to = scales + r * w.scales_ld;
+                    int32_t* offset = offsets + r * w.scales_ld;
+                    convert_row(to, g.scales, g.scales_dtype, first, values);
+                    for (int64_t j = values; j < values + W; ++j) to[j] = 0, offset[j] = 0;
+                    if (ZEROS || GROUPS == Groups::WHOLE)
+                        for (int64_t j = 0; j < values; ++j)
+                            offset[j] = -Dot::OFFSET - (g.zeros ? g.zeros[first + j] : 0);
                 }
             };
+            const auto row = [&](int64_t n, int64_t n_step, int64_t i) {
+                w.bytes = weight.row(n + i);
+                w.stride = n_step * w.row_bytes;
+                w.scales = scales + i * groups;
+                w.offsets = offsets + i * groups;
+            };
             const int64_t part = (end - begin) / R;
-            for (int64_t n = begin; n < begin + part; ++n) {
-                take(n, part, R);
-                integer_rows<Dot, GROUPS, ZEROS, R>(a, w, x, rows, n, part, m0);
+            for (int64_t n = begin; n < begin + part; n += TAKEN) {
+                const int64_t taken = begin + part - n < TAKEN ? begin + part - n : TAKEN;
+                take(n, part, taken, R);
+                for (int64_t i = 0; i < taken; ++i) {
+                    row(n, part, i);
+                    integer_rows<Dot, GROUPS, ZEROS, R>(a, w, x, rows, n + i, part, m0);
+                }
             }
             for (int64_t n = begin + R * part; n < end; ++n) {
-                take(n, 0, 1);
+                take(n, 0, 1, 1);
+                row(n, 0, 0);
                 integer_rows<Dot, GROUPS, ZEROS, 1>(a, w, x, rows, n, 0, m0);
             }
         });
