@@ -7,8 +7,8 @@
 
 namespace llmkern::LLMKERN_NS {
 
-// See integer_tile.inl. sdot takes a dword of x from any lane: 6 rows of x by 4 registers of w take 24 sums, 4 registers
-// and 2 for x: 30 of 32, for 6 loads per 24 products.
+// See integer_tile.inl. sdot takes a dword of x from any lane: 6 rows of x by 4 registers of w take 24 sums, 4
+// registers and 2 for x: 30 of 32, for 6 loads per 24 products.
 struct TileBase {
     static constexpr bool FAST = true;
     static constexpr int VECTORS = 4, X_ROWS = 6, BYTES = 16, STEP = 4;

@@ -25,9 +25,9 @@ constexpr int QUAD = 4;
 constexpr int64_t QUAD_X_ROWS = 4;
 
 struct QuadX {
-    int8_t* codes;   // [row][blocks][COLUMNS]
-    int32_t* sums;   // [row][groups] of the codes, times -OFFSET unless there are zero points
-    float* scales;   // [row][x_groups]
+    int8_t* codes;  // [row][blocks][COLUMNS]
+    int32_t* sums;  // [row][groups] of the codes, times -OFFSET unless there are zero points
+    float* scales;  // [row][x_groups]
     int64_t codes_ld, groups, x_groups;
 };
 

@@ -8,8 +8,8 @@
 // Sums start again from 0 after this many columns, because the rounding error of one long chain grows with its length.
 constexpr int CHAIN_COLUMNS = 128;
 
-// 2 vectors of x rows by this many rows of w fill the registers: 24 + 3 of 32, or 12 + 3 of 16; with four lanes 16 + 10,
-// because on AArch64 compilers load every weight of a step before they use the first.
+// 2 vectors of x rows by this many rows of w fill the registers: 24 + 3 of 32, or 12 + 3 of 16; with four lanes 16 +
+// 10, because on AArch64 compilers load every weight of a step before they use the first.
 constexpr int STEP_ROWS = F32::WIDTH == 4 && REGISTERS == 32 ? 8 : REGISTERS == 32 ? 12 : 6;
 constexpr int PANEL = 2 * F32::WIDTH;
 constexpr int TILE_ROWS = 48;

@@ -1,5 +1,5 @@
-// F32 in NEON of AArch64: 4 lanes. See simd.h for the interface. Levels above that have the same lanes set LLMKERN_NS to
-// their name first.
+// F32 in NEON of AArch64: 4 lanes. See simd.h for the interface. Levels above that have the same lanes set LLMKERN_NS
+// to their name first.
 #pragma once
 
 #include <arm_neon.h>
@@ -86,9 +86,7 @@ LLMKERN_INLINE uint32x4_t spread_bytes(const void* p) {
 }
 
 // As the upper byte of a lane the code has its sign, and the conversion divides by 2^24.
-LLMKERN_INLINE F32 load_i8(const int8_t* p) {
-    return {vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread_bytes<3>(p)), 24)};
-}
+LLMKERN_INLINE F32 load_i8(const int8_t* p) { return {vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread_bytes<3>(p)), 24)}; }
 LLMKERN_INLINE F32 load_bf16(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))}; }
 LLMKERN_INLINE F32 load_f16(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
 LLMKERN_INLINE void store_bf16(uint16_t* p, F32 x) {
