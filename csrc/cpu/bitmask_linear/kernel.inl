@@ -92,7 +92,12 @@ struct BitmaskSource {
 #ifdef LLMKERN_COMPACT
     static constexpr int MOST_KEPT = EXPAND_CHUNK;
 
-    // See skip.inl.
+    // See skip.inl: prefetches about what the next `columns` columns read.
+    LLMKERN_INLINE_MEMBER void ask(const Cursor& at, int columns) const {
+        for (int64_t i = 0; i < kept_bytes(KEPT, columns / 2); i += 64) prefetch(at.values + i);
+        prefetch(at.bits);
+    }
+
     LLMKERN_INLINE_MEMBER int keep(Cursor& at, float* w, uint16_t* places, int first, int stride) const {
         return keep_bits(at, next_bits(at), w, places, first, stride);
     }

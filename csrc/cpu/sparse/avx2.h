@@ -43,9 +43,11 @@ struct PlaceTable {
             for (int column = 0; column < 8; ++column)
                 for (int i = 0; i < LANE; ++i) {
                     const int at = KEPT == Kept::F32 ? 0 : i - LANE + BYTES;  // byte of the value
-                    row[byte][column * LANE + i] = static_cast<int8_t>(
-                        value[column] < 0 ? -1 : KEPT == Kept::F32 ? (i == 0 ? value[column] : 0) : at < 0 ? -1
-                                               : value[column] * BYTES + at);
+                    row[byte][column * LANE + i] =
+                        static_cast<int8_t>(value[column] < 0   ? -1
+                                            : KEPT == Kept::F32 ? (i == 0 ? value[column] : 0)
+                                            : at < 0            ? -1
+                                                                : value[column] * BYTES + at);
                 }
         }
     }
@@ -104,8 +106,8 @@ LLMKERN_INLINE void expand(F32 (&w)[EXPAND_VECTORS], uint64_t bits, const uint8_
                 if (at != 0) place = _mm256_or_si256(place, _mm256_set1_epi8(static_cast<int8_t>(at)));
             }
             if constexpr (KEPT == Kept::F16) {
-                w[v].v = _mm256_cvtph_ps(
-                    _mm_shuffle_epi8(_mm256_castsi256_si128(values), _mm256_castsi256_si128(place)));
+                w[v].v =
+                    _mm256_cvtph_ps(_mm_shuffle_epi8(_mm256_castsi256_si128(values), _mm256_castsi256_si128(place)));
             } else {
                 const __m256i placed = _mm256_shuffle_epi8(values, place);
                 w[v].v = CODES ? _mm256_cvtepi32_ps(placed) : _mm256_castsi256_ps(placed);
@@ -158,12 +160,12 @@ LLMKERN_INLINE int compact(float* values, uint16_t* places, uint64_t bits, const
         const __m256i halves = _mm256_setr_epi16(0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100, 0x100,  //
                                                  0x302, 0x302, 0x302, 0x302, 0x302, 0x302, 0x302, 0x302);
         const __m256i word = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int32_t>(bits)), halves);
-        const __m256i to_top = _mm256_broadcastsi128_si256(_mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6,
-                                                                          1 << 4, 1 << 2, 1));
+        const __m256i to_top =
+            _mm256_broadcastsi128_si256(_mm_setr_epi16(1 << 14, 1 << 12, 1 << 10, 1 << 8, 1 << 6, 1 << 4, 1 << 2, 1));
         const __m256i position = _mm256_srli_epi16(_mm256_mullo_epi16(word, to_top), 14);
         const __m256i quad = _mm256_setr_epi16(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
-        const __m256i column = _mm256_add_epi16(_mm256_add_epi16(position, quad),
-                                                _mm256_set1_epi16(static_cast<int16_t>(first)));
+        const __m256i column =
+            _mm256_add_epi16(_mm256_add_epi16(position, quad), _mm256_set1_epi16(static_cast<int16_t>(first)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(places),
                             _mm256_mullo_epi16(column, _mm256_set1_epi16(to_place)));
         return EXPAND_CHUNK / 2;

@@ -63,7 +63,12 @@ struct TwoOfFourSource {
 #ifdef LLMKERN_COMPACT
     static constexpr int MOST_KEPT = EXPAND_CHUNK / 2;
 
-    // See skip.inl.
+    // See skip.inl: prefetches what the next `columns` columns read.
+    LLMKERN_INLINE_MEMBER void ask(const Cursor& at, int columns) const {
+        for (int64_t i = 0; i < kept_bytes(KEPT, columns / 2); i += 64) prefetch(at.values + i);
+        prefetch(at.positions);
+    }
+
     LLMKERN_INLINE_MEMBER int keep(Cursor& at, float* w, uint16_t* places, int first, int stride) const {
         const int count = keep_from(at, at.values, at.positions, w, places, first, stride);
         at.values += VALUE_BYTES;
