@@ -81,6 +81,19 @@ def test_every_number_of_rows(op: str, row: str, generator: torch.Generator) -> 
         testing.assert_within(y, *expected(case, x, bias), f"{op} on {row}, {case}, M={m}")
 
 
+@pytest.mark.of_ops("sparse24_linear", "sparse24_int4_linear", "bitmask_linear")
+@pytest.mark.usefixtures("poisoned")
+def test_many_rows_of_sparse_products(op: str, row: str, generator: torch.Generator) -> None:
+    """Every width of a panel of x, K that ends anywhere in a block, groups that cross blocks, rows without values."""
+    cases = [case for case in CASES[op] if case.k in (75, 260, 301, 2085)]
+    for at, m in enumerate((31, 33, 41, 49, 57, 63, 64, 66, 97, 130, 513)):
+        for case in cases[at % 2 :: 2]:
+            x, bias = torch.randn((m, case.k), generator=generator), make_bias(case, generator)
+            with forced(row):
+                y = OPS[op](*case.args(x, bias))
+            testing.assert_within(y, *expected(case, x, bias), f"{op} on {row}, {case}, M={m}")
+
+
 @pytest.mark.of_ops(*LINEAR_OPS)
 def test_layouts(op: str, row: str, generator: torch.Generator) -> None:
     for case in (CASES[op][1], CASES[op][-1]):
@@ -102,7 +115,7 @@ def test_public_function_is_the_op(op: str, row: str, generator: torch.Generator
 
 
 @pytest.mark.of_ops(*LINEAR_OPS)
-@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("m", [1, 5, 40, 64])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 def test_a_nan_stays_in_its_row(op: str, row: str, m: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     for case in (case for case in CASES[op] if (case.n, case.k) in ((33, 75), (64, 576))):
@@ -153,7 +166,7 @@ def test_rows_of_every_kind_of_strip(op: str, row: str, generator: torch.Generat
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 def test_results_do_not_depend_on_threads(op: str, row: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     for case in CASES[op][-4:]:
-        for m in (1, 20):
+        for m in (1, 20, 70):
             x, results = torch.randn((m, case.k), generator=generator).to(dtype), []
             for count in (1, 2, 3):
                 with forced(row):

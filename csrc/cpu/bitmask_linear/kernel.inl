@@ -7,6 +7,8 @@ namespace {
 
 #include "cpu/sparse/scales.inl"
 
+#include "cpu/sparse/skip.inl"
+
 // Not inline: only the last chunks of the whole weight come here.
 __attribute__((noinline)) void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
@@ -46,19 +48,29 @@ struct BitmaskSource {
     LLMKERN_INLINE_MEMBER void next(Cursor& at, F32 (&w)[VECTORS]) const {
         for (int64_t i = 0; i < VALUE_BYTES / 2; i += 64) prefetch(at.values + PREFETCH_AHEAD + i);
         prefetch(at.bits + PREFETCH_AHEAD / (VALUE_BYTES / 2 / BIT_BYTES));
-        uint64_t word = 0;
-        __builtin_memcpy(&word, at.bits, BIT_BYTES);  // least significant byte first: little-endian machines only
-        at.bits += BIT_BYTES;
-        decode(at, word, w);
+        decode(at, next_bits(at), w);
     }
 
     LLMKERN_INLINE_MEMBER void last(Cursor& at, F32 (&w)[VECTORS], int columns) const {
-        uint64_t word = 0;
-        for (int i = 0; i < (columns + 7) / 8; ++i) word |= static_cast<uint64_t>(at.bits[i]) << 8 * i;
-        decode(at, word & ((uint64_t{1} << columns) - 1), w);
+        decode(at, last_bits(at, columns), w);
     }
 
-    LLMKERN_INLINE_MEMBER void decode(Cursor& at, uint64_t word, F32 (&w)[VECTORS]) const {
+    LLMKERN_INLINE_MEMBER uint64_t next_bits(Cursor& at) const {
+        uint64_t word = 0;
+        __builtin_memcpy(&word, at.bits, BIT_BYTES);  // least significant byte first: little-endian machines only
+        at.bits += BIT_BYTES;
+        return word;
+    }
+
+    LLMKERN_INLINE_MEMBER uint64_t last_bits(const Cursor& at, int columns) const {
+        uint64_t word = 0;
+        for (int i = 0; i < (columns + 7) / 8; ++i) word |= static_cast<uint64_t>(at.bits[i]) << 8 * i;
+        return word & ((uint64_t{1} << columns) - 1);
+    }
+
+    // A chunk's values, so many that each of its columns could have one: use(from).
+    template <class Use>
+    LLMKERN_INLINE_MEMBER void take(Cursor& at, uint64_t word, Use use) const {
         const int64_t bytes = kept_bytes(KEPT, __builtin_popcountll(word));
         uint8_t part[VALUE_BYTES];
         const uint8_t* from = at.values;
@@ -66,10 +78,48 @@ struct BitmaskSource {
             copy(part, from, bytes);
             from = part;
         }
-        expand<KEPT, ORDER, Count::ANY>(w, word, from, at.scales.scale);
+        use(from);
         at.values += bytes;
+    }
+
+    LLMKERN_INLINE_MEMBER void decode(Cursor& at, uint64_t word, F32 (&w)[VECTORS]) const {
+        take(at, word, [&](const uint8_t* from) __attribute__((always_inline)) {
+            expand<KEPT, ORDER, Count::ANY>(w, word, from, at.scales.scale);
+        });
         if constexpr (ORDER == Order::NATURAL) scale_columns(at.scales, w);
     }
+
+#ifdef LLMKERN_COMPACT
+    static constexpr int MOST_KEPT = EXPAND_CHUNK;
+
+    // See skip.inl: prefetches about what the next `columns` columns read.
+    LLMKERN_INLINE_MEMBER void ask(const Cursor& at, int columns) const {
+        for (int64_t i = 0; i < kept_bytes(KEPT, columns / 2); i += 64) prefetch(at.values + i);
+        prefetch(at.bits);
+    }
+
+    LLMKERN_INLINE_MEMBER int keep(Cursor& at, float* w, uint16_t* places, int first, int stride) const {
+        return keep_bits(at, next_bits(at), w, places, first, stride);
+    }
+
+    LLMKERN_INLINE_MEMBER int keep_last(Cursor& at, float* w, uint16_t* places, int first, int stride,
+                                        int columns) const {
+        return keep_bits(at, last_bits(at, columns), w, places, first, stride);
+    }
+
+    LLMKERN_INLINE_MEMBER int keep_bits(Cursor& at, uint64_t word, float* w, uint16_t* places, int first,
+                                        int stride) const {
+        int count = 0;
+        take(at, word, [&](const uint8_t* from) __attribute__((always_inline)) {
+            count = compact<KEPT, Count::ANY>(w, places, word, from, at.scales.scale, first, stride);
+        });
+        if constexpr (ORDER == Order::NATURAL) {
+            for (int i = 0; word; word &= word - 1) w[i++] *= at.scales.next[__builtin_ctzll(word)];
+            at.scales.next += EXPAND_CHUNK;
+        }
+        return count;
+    }
+#endif
 };
 
 #ifdef LLMKERN_PAIR_DOT
@@ -94,7 +144,7 @@ void run(const BitmaskLinearArgs& args) {
         values,        values + kept_bytes(KEPT, args.row_offsets[args.linear.n]),
         args.bits,     args.row_offsets,
         args.linear.k, kept_scales(args.scales, args.scales_dtype, args.group_size, args.linear.k)};
-    run_linear(args.linear, source);
+    run_sparse(args.linear, source);
 }
 
 }  // namespace

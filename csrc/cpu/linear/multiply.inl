@@ -57,6 +57,19 @@ void multiply_step(const float* tile, const float* panel, int64_t depth, float* 
     }
 }
 
+// y[m0 .. m0 + block, n0 .. n0 + rows) = sums[rows][ld] transposed, plus the bias.
+LLMKERN_INLINE void write_sums(const LinearArgs& a, const float* sums, int64_t ld, int64_t m0, int64_t block,
+                               int64_t n0, int rows) {
+    for (int r = 0; r < rows; r += F32::WIDTH) {
+        const int count = rows - r < F32::WIDTH ? rows - r : F32::WIDTH;
+        const F32 bias = a.bias ? load_as(a.bias, a.bias_dtype, n0 + r, count) : zero();
+        for (int64_t m = 0; m < block; ++m) {
+            const F32 column = load_strided(sums + r * ld + m, ld, count);
+            store_as(a.y, a.x_dtype, (m0 + m) * a.n + n0 + r, column + bias, count);
+        }
+    }
+}
+
 // y[m0 .. m0 + block, n0 .. n0 + rows) from packed x.
 template <class Source>
 void multiply_tile(const LinearArgs& a, const Source& source, const float* packed, int64_t depth, int64_t m0,
@@ -92,16 +105,7 @@ void multiply_tile(const LinearArgs& a, const Source& source, const float* packe
         }
     }
 
-    float bias[TILE_ROWS] = {};
-    if (a.bias) convert_row(bias, a.bias, a.bias_dtype, n0, rows);
-    for (int64_t m = 0; m < block; ++m) {
-        float out[TILE_ROWS];
-        for (int r = 0; r < TILE_ROWS; ++r) out[r] = sums[r * ld + m] + bias[r];
-        for (int r = 0; r < rows; r += F32::WIDTH) {
-            const int count = rows - r < F32::WIDTH ? rows - r : F32::WIDTH;
-            store_as(a.y, a.x_dtype, (m0 + m) * a.n + n0 + r, load(out + r), count);
-        }
-    }
+    write_sums(a, sums, ld, m0, block, n0, rows);
 }
 
 template <class Source>

@@ -5,11 +5,19 @@
 //
 //   EXPAND_VECTORS, EXPAND_CHUNK    vectors and columns per chunk
 //   expanded_column<ORDER>(p)       the column that lane p of a decoded chunk holds
-//   bits_of_positions(p)            the bits of a chunk from its 2:4 positions, one nibble per four columns
+//   bits_of_positions(p)            the bits of a chunk from its 2:4 positions, one nibble per four columns; or
+//   whatever
+//                                   else the level's expand and compact with TWO_OF_FOUR want
 //   expand<KEPT, ORDER, COUNT>(w, bits, from, scale)
 //                                   w[lane] = kept value times scale where the column's bit is set, else 0; float
 //                                   values are not scaled. With TWO_OF_FOUR it reads EXPAND_CHUNK / 2 values, else up
 //                                   to EXPAND_CHUNK: fewer may be used, all must be readable
+//
+// and, if skip.inl is to multiply many rows of x, LLMKERN_COMPACT and
+//
+//   compact<KEPT, COUNT>(values, places, bits, from, scale, first, stride)
+//                                   the kept values times scale side by side, and for each (first + its column) *
+//                                   stride; returns how many. Up to EXPAND_CHUNK of both are written
 #pragma once
 
 #include <cstdint>

@@ -39,16 +39,58 @@ struct TwoOfFourSource {
     }
 
     LLMKERN_INLINE_MEMBER void last(Cursor& at, F32 (&w)[VECTORS], int columns) const {
-        // Quads past the row have zeros for positions and values: whatever they give meets zeros of x.
-        const int quads = (columns + 3) / 4;
-        uint8_t part[VALUE_BYTES] = {}, places[POSITION_BYTES] = {};
-        for (int i = 0; i < kept_bytes(KEPT, 2 * quads); ++i) part[i] = at.values[i];
-        for (int i = 0; i < (quads + 1) / 2; ++i) places[i] = at.positions[i];
-        decode(at, part, places, w);
+        const Tail tail(at, columns);
+        decode(at, tail.values, tail.positions, w);
     }
+
+    // The short chunk that ends a row. Quads past the row have zeros for positions and values: whatever they give meets
+    // zeros of x.
+    struct Tail {
+        uint8_t values[VALUE_BYTES] = {}, positions[POSITION_BYTES] = {};
+
+        LLMKERN_INLINE_MEMBER Tail(const Cursor& at, int columns) {
+            const int quads = (columns + 3) / 4;
+            for (int i = 0; i < kept_bytes(KEPT, 2 * quads); ++i) values[i] = at.values[i];
+            for (int i = 0; i < (quads + 1) / 2; ++i) positions[i] = at.positions[i];
+        }
+    };
 
     LLMKERN_INLINE_MEMBER void decode(Cursor& at, const uint8_t* kept, const uint8_t* places, F32 (&w)[VECTORS]) const {
         expand<KEPT, ORDER, Count::TWO_OF_FOUR>(w, bits_of_positions(places), kept, at.scales.scale);
         if constexpr (ORDER == Order::NATURAL) scale_columns(at.scales, w);
     }
+
+#ifdef LLMKERN_COMPACT
+    static constexpr int MOST_KEPT = EXPAND_CHUNK / 2;
+
+    // See skip.inl: prefetches what the next `columns` columns read.
+    LLMKERN_INLINE_MEMBER void ask(const Cursor& at, int columns) const {
+        for (int64_t i = 0; i < kept_bytes(KEPT, columns / 2); i += 64) prefetch(at.values + i);
+        prefetch(at.positions);
+    }
+
+    LLMKERN_INLINE_MEMBER int keep(Cursor& at, float* w, uint16_t* places, int first, int stride) const {
+        const int count = keep_from(at, at.values, at.positions, w, places, first, stride);
+        at.values += VALUE_BYTES;
+        at.positions += POSITION_BYTES;
+        return count;
+    }
+
+    LLMKERN_INLINE_MEMBER int keep_last(Cursor& at, float* w, uint16_t* places, int first, int stride,
+                                        int columns) const {
+        const Tail tail(at, columns);
+        return keep_from(at, tail.values, tail.positions, w, places, first, stride);
+    }
+
+    LLMKERN_INLINE_MEMBER int keep_from(Cursor& at, const uint8_t* kept, const uint8_t* positions_, float* w,
+                                        uint16_t* places, int first, int stride) const {
+        const int count = compact<KEPT, Count::TWO_OF_FOUR>(w, places, bits_of_positions(positions_), kept,
+                                                            at.scales.scale, first, stride);
+        if constexpr (ORDER == Order::NATURAL) {  // groups are whole quads
+            for (int i = 0; i < count; ++i) w[i] *= at.scales.next[i / 2 * 4];
+            at.scales.next += EXPAND_CHUNK;
+        }
+        return count;
+    }
+#endif
 };

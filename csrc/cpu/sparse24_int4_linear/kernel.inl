@@ -7,6 +7,8 @@ namespace {
 
 #include "cpu/sparse/scales.inl"
 
+#include "cpu/sparse/skip.inl"
+
 #include "cpu/sparse/two_of_four.inl"
 
 #ifdef LLMKERN_PAIR_DOT
@@ -27,7 +29,7 @@ void run(const Sparse24Int4LinearArgs& args) {
     const TwoOfFourSource<Kept::I4, ORDER> source{reinterpret_cast<const uint8_t*>(args.words),
                                                   ((k + 3) / 4 * 2 + 7) / 8 * 4, args.positions, k,
                                                   kept_scales(args.scales, args.scales_dtype, args.group_size, k)};
-    run_linear(args.linear, source);
+    run_sparse(args.linear, source);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@ namespace {
 
 #include "cpu/sparse/scales.inl"
 
+#include "cpu/sparse/skip.inl"
+
 #include "cpu/sparse/two_of_four.inl"
 
 #ifdef LLMKERN_PAIR_DOT
@@ -29,7 +31,7 @@ void run(const Sparse24LinearArgs& args) {
     const TwoOfFourSource<KEPT, ORDER> source{static_cast<const uint8_t*>(args.values),
                                               kept_bytes(KEPT, (k + 3) / 4 * 2), args.positions, k,
                                               kept_scales(args.scales, args.scales_dtype, args.group_size, k)};
-    run_linear(args.linear, source);
+    run_sparse(args.linear, source);
 }
 
 }  // namespace
