@@ -16,6 +16,7 @@ __attribute__((noinline)) void copy(uint8_t* to, const uint8_t* from, int64_t by
 
 template <Kept KEPT, Order ORDER>
 struct BitmaskSource {
+    static constexpr Count COUNT = Count::ANY;
     static constexpr int VECTORS = EXPAND_VECTORS;
     static constexpr int column(int p) { return expanded_column<KEPT, ORDER>(p); }
     static constexpr int64_t VALUE_BYTES = kept_bytes(KEPT, EXPAND_CHUNK);

@@ -196,10 +196,9 @@ void skip_zeros(const LinearArgs& a, const Source& source, int threads) {
     }
 }
 
-// Up to here a dense tile: with few vectors of x rows, taking the kept values apart weighs as much as the zeros do.
-// With 16 rows skipping measured slower for a bitmask and 2:4 bf16, faster for 2:4 int4; between 17 and 32 it is not
-// measured.
-constexpr int64_t DENSE_ROWS = 32;
+// Up to here a dense tile: with few vectors of x rows, taking the kept values apart weighs as much as the zeros do. A
+// row of a bitmask takes longer, for where its next values are is known only when these are counted.
+constexpr int64_t dense_rows(Count count) { return count == Count::TWO_OF_FOUR ? 16 : 128; }
 
 #endif
 
@@ -207,7 +206,7 @@ constexpr int64_t DENSE_ROWS = 32;
 template <class Source>
 void run_sparse(const LinearArgs& a, const Source& source) {
 #ifdef LLMKERN_COMPACT
-    if (a.k > 0 && a.m > DENSE_ROWS) return skip_zeros(a, source, worth_threads(a));
+    if (a.k > 0 && a.m > dense_rows(Source::COUNT)) return skip_zeros(a, source, worth_threads(a));
 #endif
     run_linear(a, source);
 }

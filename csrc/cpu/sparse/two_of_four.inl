@@ -2,6 +2,7 @@
 
 template <Kept KEPT, Order ORDER>
 struct TwoOfFourSource {
+    static constexpr Count COUNT = Count::TWO_OF_FOUR;
     static constexpr int VECTORS = EXPAND_VECTORS;
     static constexpr int column(int p) { return expanded_column<KEPT, ORDER>(p); }
     static constexpr int64_t VALUE_BYTES = kept_bytes(KEPT, EXPAND_CHUNK / 2);
