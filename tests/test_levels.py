@@ -139,6 +139,7 @@ def above(level: str, text: str) -> list[str]:
         ("  10:\ttdpbssd %tmm0,%tmm1,%tmm2", "avx512_vnni"),
         ("  10:\tvaddph %zmm0,%zmm1,%zmm2", "avx512_bf16"),
         ("  10:\ttdpbssd %tmm0,%tmm1,%tmm2", "avx512_bf16"),
+        ("  10:\tvdpbf16ps %zmm0,%zmm1,%zmm2", "amx"),
     ],
 )
 def test_the_rules_see_instructions_above(line: str, level: str) -> None:
@@ -149,6 +150,7 @@ def test_the_rules_let_a_level_have_its_own() -> None:
     assert not above("avx2", "\n  1:\tvcvtph2ps %xmm0,%ymm1\n  2:\tpext   %rax,%rbx,%rcx\n")
     assert not above("avx512_vnni", "\n  1:\tvcvtps2ph $0x0,%zmm0,%ymm1\n  2:\tvpdpbusd %zmm0,%zmm1,%zmm2\n")
     assert not above("avx512_bf16", "\n  1:\tvdpbf16ps %zmm0,%zmm1,%zmm2\n  2:\tvcvtne2ps2bf16 %zmm0,%zmm1,%zmm2\n")
+    assert not above("amx", "\n  1:\tldtilecfg (%rax)\n  2:\ttdpbf16ps %tmm7,%tmm5,%tmm3\n  3:\tvpdpbusd %zmm0,%zmm1,%zmm2\n")
     assert not above("baseline", "\n  1:\taddps  %xmm0,%xmm1\n  2:\tverr   %ax\n")
 
 
@@ -163,12 +165,27 @@ def test_no_object_holds_instructions_above_its_level() -> None:
         str(path.relative_to(ROOT)): kinds for path in objects if (kinds := above(level_of(path), disassembly(path)))
     }
     assert not bad
-    assert {level_of(path) for path in objects} >= {"baseline", "avx2", "avx512_vnni", "avx512_bf16"}
     # The disassembly is real: each level's objects hold instructions of their own.
-    for level, kind in (("avx2", "VEX (AVX and later)"), ("avx512_vnni", "AVX-512"), ("avx512_bf16", "AVX-512 BF16")):
-        for path in objects:
-            if level_of(path) == level:
-                assert re.search(MARKS[kind], disassembly(path)), f"{path.name} holds no {kind}"
+    own = {"avx2": "VEX (AVX and later)", "avx512_vnni": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx": "AMX"}
+    assert {level_of(path) for path in objects} >= {"baseline", *own}
+    for path in objects:
+        kind = own.get(level_of(path))
+        assert kind is None or re.search(MARKS[kind], disassembly(path)), f"{path.name} holds no {kind}"
+
+
+@needs_native
+@pytest.mark.skipif(not X86, reason="the levels above baseline are of x86")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+def test_amx_objects_multiply_tiles() -> None:
+    """Bytes where x is quantized, bf16 pairs where it is kept; int4_linear and the peaks do both."""
+    objects = [path for path in object_files() if level_of(path) == "amx"]
+    if not objects:
+        pytest.skip("no build/ directory beside the tests: the module was built elsewhere")
+    for path in objects:
+        op = path.parent.name
+        products = {"int8_dynamic_linear": {"tdpbssd"}, "int4_linear": {"tdpbssd", "tdpbf16ps"}}
+        wanted = products.get(op, {"tdpbssd", "tdpbf16ps"} if op == "peaks" else {"tdpbf16ps"})
+        assert set(re.findall(r"\t(tdp\w+) ", disassembly(path))) == wanted, op
 
 
 @needs_native
