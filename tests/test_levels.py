@@ -150,7 +150,7 @@ def test_the_rules_let_a_level_have_its_own() -> None:
     assert not above("avx2", "\n  1:\tvcvtph2ps %xmm0,%ymm1\n  2:\tpext   %rax,%rbx,%rcx\n")
     assert not above("avx512_vnni", "\n  1:\tvcvtps2ph $0x0,%zmm0,%ymm1\n  2:\tvpdpbusd %zmm0,%zmm1,%zmm2\n")
     assert not above("avx512_bf16", "\n  1:\tvdpbf16ps %zmm0,%zmm1,%zmm2\n  2:\tvcvtne2ps2bf16 %zmm0,%zmm1,%zmm2\n")
-    assert not above("amx", "\n  1:\tldtilecfg (%rax)\n  2:\ttdpbf16ps %tmm7,%tmm5,%tmm3\n  3:\tvpdpbusd %zmm0,%zmm1,%zmm2\n")
+    assert not above("amx", "\n  1:\tldtilecfg (%rax)\n  2:\ttdpbf16ps %tmm7,%tmm5,%tmm3\n")
     assert not above("baseline", "\n  1:\taddps  %xmm0,%xmm1\n  2:\tverr   %ax\n")
 
 
