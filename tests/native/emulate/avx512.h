@@ -239,9 +239,16 @@ EMULATED __mmask16 compare(__m512 a, __m512 b, int how) {
     return static_cast<__mmask16>(r);
 }
 
+static inline __m512 join(__m256 low, __m256 high) {
+    __m512 v;
+    std::memcpy(&v, &low, sizeof low);
+    std::memcpy(reinterpret_cast<char*>(&v) + sizeof low, &high, sizeof high);
+    return v;
+}
+
 EMULATED __m512 fused(__m512 a, __m512 b, __m512 c) {
-    const auto x = lanes<float>(a), y = lanes<float>(b), z = lanes<float>(c);
-    return make<__m512, float>([&](int i) { return std::fma(x[i], y[i], z[i]); });
+    return join(_mm256_fmadd_ps(part_of<__m256>(a, 0), part_of<__m256>(b, 0), part_of<__m256>(c, 0)),
+                _mm256_fmadd_ps(part_of<__m256>(a, 1), part_of<__m256>(b, 1), part_of<__m256>(c, 1)));
 }
 
 EMULATED __m512 round_scale(__m512 a, int how) {
@@ -257,12 +264,7 @@ EMULATED __m512i round_to_int(__m512 a) {
 }
 
 EMULATED __m512 from_half(__m256i v) {
-    const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(v)),
-                 high = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
-    __m512 r;
-    std::memcpy(&r, &low, 32);
-    std::memcpy(reinterpret_cast<char*>(&r) + 32, &high, 32);
-    return r;
+    return join(_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1)));
 }
 
 EMULATED __m256i to_half(__m512 v, int how) {
