@@ -200,5 +200,6 @@ def test_levels_share_no_inline_function() -> None:
         text = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
         weak = [line[19:] for line in text.splitlines() if line[17:18] in "WV"]
         # DW.ref: an address that unwinding needs, data and the same in every file.
-        foreign = [name for name in weak if f"llmkern::{level_of(path)}::" not in name and not name.startswith("DW.ref.")]
+        mine = f"llmkern::{level_of(path)}::"
+        foreign = [name for name in weak if mine not in name and not name.startswith("DW.ref.")]
         assert not foreign, f"{path.parent.name}/{path.name}"
