@@ -1,5 +1,5 @@
 # Everything from a fresh machine: needs Python 3.10+ (PYTHON=python3.12 picks another), a C++17 compiler, and make.
-#   make demo   make test   make lint   make sanitize   make cross   make bench   make clean
+#   make demo   make test   make lint   make sanitize   make cross   make emulate   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' 
 # The demo's model is in a package; nothing is looked up on the hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint sanitize cross bench clean
+.PHONY: demo test lint sanitize cross emulate bench clean
 .DELETE_ON_ERROR:
 # Two pip runs in one environment would get in each other's way, also under `make -j`.
 .NOTPARALLEL:
@@ -37,11 +37,14 @@ sanitize: $(VENV)/dev $(VENV)/installed
 cross: $(VENV)/dev
 	PATH="$(abspath $(BIN)):$$PATH" tools/cross_aarch64.sh $(abspath $(BIN))/python
 
+emulate: $(VENV)/dev $(VENV)/installed
+	tools/emulate.sh $(abspath $(BIN))/python
+
 bench: $(VENV)/dev $(VENV)/installed $(VENV)/model
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build dist out .cache/sanitize .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist out .cache/sanitize .cache/emulate .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 
 # Each file below is touched last, after its step succeeded, so a failed step is done again.
 

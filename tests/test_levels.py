@@ -150,6 +150,7 @@ def above(level: str, text: str) -> list[str]:
         ("  10:\ttdpbssd %tmm0,%tmm1,%tmm2", "avx512_vnni"),
         ("  10:\tvaddph %zmm0,%zmm1,%zmm2", "avx512_bf16"),
         ("  10:\ttdpbssd %tmm0,%tmm1,%tmm2", "avx512_bf16"),
+        ("  10:\tvdpbf16ps %zmm0,%zmm1,%zmm2", "amx"),
         ("  10:\tsdot\tv0.4s, v1.16b, v2.4b[0]", "baseline"),
         ("  10:\tldaddal\tw0, w1, [x2]", "baseline"),
         ("  10:\tfadd\tv0.8h, v1.8h, v2.8h", "baseline"),
@@ -166,6 +167,7 @@ def test_the_rules_let_a_level_have_its_own() -> None:
     assert not above("avx2", "\n  1:\tvcvtph2ps %xmm0,%ymm1\n  2:\tpext   %rax,%rbx,%rcx\n")
     assert not above("avx512_vnni", "\n  1:\tvcvtps2ph $0x0,%zmm0,%ymm1\n  2:\tvpdpbusd %zmm0,%zmm1,%zmm2\n")
     assert not above("avx512_bf16", "\n  1:\tvdpbf16ps %zmm0,%zmm1,%zmm2\n  2:\tvcvtne2ps2bf16 %zmm0,%zmm1,%zmm2\n")
+    assert not above("amx", "\n  1:\tldtilecfg (%rax)\n  2:\ttdpbf16ps %tmm7,%tmm5,%tmm3\n")
     assert not above("baseline", "\n  1:\taddps  %xmm0,%xmm1\n  2:\tverr   %ax\n")
     assert not above("baseline", "\n  1:\tfmla\tv0.4s, v1.4s, v2.4s\n  2:\tfcvtl\tv0.4s, v1.4h\n")
     assert not above("baseline", "\n  1:\tldaxr\tw0, [x1]\n")
@@ -175,7 +177,8 @@ def test_the_rules_let_a_level_have_its_own() -> None:
 
 # What each level's objects hold of its own, so that the disassembly is real.
 OWN = {
-    "avx2": "VEX (AVX and later)", "avx512_vnni": "AVX-512", "avx512_bf16": "AVX-512 BF16", "neon_i8mm": "I8MM",
+    "avx2": "VEX (AVX and later)", "avx512_vnni": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx": "AMX",
+    "neon_i8mm": "I8MM",
 }  # fmt: skip
 
 
@@ -198,7 +201,7 @@ def test_no_object_holds_instructions_above_its_level() -> None:
     objects = object_files()
     if not objects:
         pytest.skip("no build/ directory beside the tests: the module was built elsewhere")
-    x86, arm = {"baseline", "avx2", "avx512_vnni", "avx512_bf16"}, {"baseline", "neon_dotprod", "neon_i8mm"}
+    x86, arm = {"baseline", "avx2", "avx512_vnni", "avx512_bf16", "amx"}, {"baseline", "neon_dotprod", "neon_i8mm"}
     check_objects(objects, x86 if X86 else arm, "objdump")
 
 
@@ -211,6 +214,21 @@ def test_no_cross_compiled_object_holds_instructions_above_its_level() -> None:
 
 
 @needs_native
+@pytest.mark.skipif(not X86, reason="the levels above baseline are of x86")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+def test_amx_objects_multiply_tiles() -> None:
+    """Bytes where x is quantized, bf16 pairs where it is kept; int4_linear and the peaks do both."""
+    objects = [path for path in object_files() if level_of(path) == "amx"]
+    if not objects:
+        pytest.skip("no build/ directory beside the tests: the module was built elsewhere")
+    for path in objects:
+        op = path.parent.name
+        products = {"int8_dynamic_linear": {"tdpbssd"}, "int4_linear": {"tdpbssd", "tdpbf16ps"}}
+        wanted = products.get(op, {"tdpbssd", "tdpbf16ps"} if op == "peaks" else {"tdpbf16ps"})
+        assert set(re.findall(r"\t(tdp\w+) ", disassembly(path))) == wanted, op
+
+
+@needs_native
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 def test_levels_share_no_inline_function() -> None:
     """A function that the linker may merge (weak) would run with the flags of whichever file it was taken from."""
@@ -220,5 +238,7 @@ def test_levels_share_no_inline_function() -> None:
     for path in objects:
         text = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
         weak = [line[19:] for line in text.splitlines() if line[17:18] in "WV"]
-        foreign = [name for name in weak if f"llmkern::{level_of(path)}::" not in name]
+        # DW.ref: an address that unwinding needs, data and the same in every file.
+        mine = f"llmkern::{level_of(path)}::"
+        foreign = [name for name in weak if mine not in name and not name.startswith("DW.ref.")]
         assert not foreign, f"{path.parent.name}/{path.name}"

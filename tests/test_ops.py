@@ -151,7 +151,7 @@ def test_extreme_x(op: str, row: str, m: int, generator: torch.Generator) -> Non
 @pytest.mark.of_ops("int4_linear", "int8_linear", "int8_dynamic_linear")
 @pytest.mark.usefixtures("poisoned")
 def test_rows_of_every_kind_of_strip(op: str, row: str, generator: torch.Generator) -> None:
-    """Few rows of x: whole strips of columns, then whole chunks, then a short one, in groups that are cut or are not."""
+    """Few rows of x: whole strips of columns, then whole chunks, then a short one, in whole groups or parts of them."""
     for k, group_size in ((1000, None), (576, 64), (1536, 512), (2080, 1024), (1984, 128), (1024, None), (40, None)):
         for symmetric in (True, False):
             case = LinearCase(op, 21, k, group_size=group_size, symmetric=symmetric, scale_dtype=BF16)

@@ -66,12 +66,18 @@ Cpu ask() {
     cpu.amx_bf16 = tmm && bit(seven.edx, 22);
     cpu.amx_tile = tmm && bit(seven.edx, 24);
     cpu.amx_int8 = tmm && bit(seven.edx, 25);
+#ifdef LLMKERN_EMULATE  // the levels above avx2 are built of its instructions
+    cpu.avx512f = cpu.avx512bw = cpu.avx512dq = cpu.avx512vl = cpu.avx512vnni = cpu.avx2;
+    cpu.avx512vbmi = cpu.avx512vbmi2 = cpu.avx512bf16 = cpu.amx_tile = cpu.amx_int8 = cpu.amx_bf16 = cpu.avx2;
+#endif
     return cpu;
 }
 
 // Linux hands out the tile registers only to a process that asks for them.
 bool amx_granted() {
-#if defined(__linux__)
+#if defined(LLMKERN_EMULATE)
+    return true;
+#elif defined(__linux__)
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else
@@ -129,6 +135,9 @@ Cpu ask() { return {}; }
 }  // namespace
 
 bool fast_bf16_products() {
+#ifdef LLMKERN_EMULATE
+    return true;  // tests are to see them
+#endif
     static const bool fast = is_amd();
     return fast;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/simd/avx512_vnni.h"
+#include "cpu/simd/products.h"
 
 #define LLMKERN_BYTE_DOT
 
@@ -19,13 +20,6 @@ LLMKERN_INLINE F32 permute(F32 x, const int32_t* index) { return {_mm512_permute
 LLMKERN_INLINE I32 permute(I32 x, const int32_t* index) { return {_mm512_permutexvar_epi32(load_i32(index).v, x.v)}; }
 LLMKERN_INLINE I32 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LLMKERN_INLINE int32_t hsum(I32 x) { return _mm512_reduce_add_epi32(x.v); }
-
-// Adds to each int32 lane of `sum` its four products u * s. GCC 12 copies the accumulator before and after the
-// intrinsic, which doubles the instructions of the inner loop.
-LLMKERN_INLINE __m512i add_products(__m512i sum, __m512i u, __m512i s) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
-    return sum;
-}
 
 // 64 bytes: 128 columns, the even ones in the low nibbles.
 struct Dot4 {

@@ -10,6 +10,8 @@
 
 namespace llmkern::LLMKERN_NS {
 
+#include "cpu/linear/carver.inl"
+
 #include "cpu/linear/scales.inl"
 
 #include "cpu/linear/source.inl"
@@ -27,7 +29,15 @@ namespace llmkern::LLMKERN_NS {
 #ifdef LLMKERN_PAIR_DOT
 #include "cpu/linear/pair_codes.inl"
 
+#include "cpu/linear/pair_tile.inl"
+
+#ifdef LLMKERN_TILE_DOT
+#include "cpu/linear/amx.inl"
+
+#include "cpu/linear/amx_pairs.inl"
+#else
 #include "cpu/linear/pairs.inl"
+#endif
 #endif
 
 }  // namespace llmkern::LLMKERN_NS

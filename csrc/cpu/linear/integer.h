@@ -20,11 +20,18 @@ namespace llmkern::LLMKERN_NS {
 #include "cpu/linear/integer_tile.inl"
 #endif
 
+#ifdef LLMKERN_TILE_DOT
+#include "cpu/linear/amx_integer.inl"
+#endif
+
 // Quantized x times the weight whose codes `weight` gives; x is quantized per `x_group` columns: k, or the weight's.
 template <class Rows>
 void run_integer(const LinearArgs& a, const GroupArgs& groups, int64_t x_group, const Rows& weight) {
     if (a.k == 0) return write_bias(a);
     const int threads = worth_threads(a);
+#ifdef LLMKERN_TILE_DOT
+    if (run_amx_integer(a, groups, x_group, weight, threads)) return;
+#endif
 #ifdef LLMKERN_BYTE_DOT
     if constexpr (Rows::Tile::FAST)
         if ((a.m > INTEGER_STREAM_ROWS || !Rows::Dot::FAST) && run_tiles(a, groups, x_group, weight, threads)) return;

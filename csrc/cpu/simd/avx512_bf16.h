@@ -5,3 +5,4 @@
 #define LLMKERN_PAIR_DOT
 
 #include "cpu/simd/avx512_vnni.h"
+#include "cpu/simd/products.h"

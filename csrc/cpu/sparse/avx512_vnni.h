@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd/avx512_vnni.h"
+#include "cpu/simd/products.h"
 #include "cpu/sparse/sparse.h"
 
 namespace llmkern::LLMKERN_NS {
@@ -32,11 +33,7 @@ LLMKERN_INLINE uint64_t bits_of_positions(const uint8_t* positions) {
 // The next values that up to 64 bytes of columns can use; 2:4 uses just half of them.
 template <Count COUNT>
 LLMKERN_INLINE __m512i load_kept(const uint8_t* from) {
-    if (COUNT == Count::ANY) {
-        __m512i values = _mm512_loadu_si512(from);
-        __asm__("" : "+v"(values));  // else the compiler would use vpexpand's memory form
-        return values;
-    }
+    if (COUNT == Count::ANY) return in_register(_mm512_loadu_si512(from));
     return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 

@@ -1,0 +1,3 @@
+#include "cpu/sparse/amx.h"
+
+#include "cpu/bitmask_linear/kernel.inl"

@@ -1,0 +1,5 @@
+#include "cpu/simd/amx.h"
+
+#include "cpu/linear/dot_avx512_vnni.h"
+
+#include "cpu/int4_linear/kernel.inl"

@@ -1,0 +1,29 @@
+// Products that are added to sums, as assembly: GCC 12 copies the accumulator before and after the intrinsics, which
+// doubles the instructions of an inner loop. And a register that the compiler shall not take for memory.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/simd/simd.h"
+
+namespace llmkern::LLMKERN_NS {
+
+// Adds to each int32 lane of `sum` its four products u * s.
+LLMKERN_INLINE __m512i add_products(__m512i sum, __m512i u, __m512i s) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+    return sum;
+}
+
+// Adds to each fp32 lane of `sum` the two products of its pairs of bf16.
+LLMKERN_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+// The same values: what comes next must take them from a register.
+LLMKERN_INLINE __m512i in_register(__m512i values) {
+    __asm__("" : "+v"(values));
+    return values;
+}
+
+}  // namespace llmkern::LLMKERN_NS
