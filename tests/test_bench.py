@@ -286,6 +286,14 @@ def test_sparse_goals_are_against_our_own_and_per_dtype():
     assert any("not met (1 of 2): worst 1.10 of 1.2 (4096x4096 M=1)" in line[2] for line in lines)
 
 
+def test_without_a_level_above_avx2_the_goal_is_the_best_peer():
+    rows = [row("int4_linear", 100.0), row("int4_linear", 101.0, peer="best")]
+    (entry,) = goals.judge(rows, {**LIMITS, "peaks": {"baseline": {}, "avx2": {}}})
+    assert (entry["wanted"], entry["met"]) == (1.0, True)
+    rows = [row("int4_linear", 2000.0, activations=PER_GROUP)]
+    assert goals.judge(rows, {**LIMITS, "peaks": {"baseline": {}, "avx2": {}}}) == []
+
+
 def test_the_plot_has_a_panel_per_class_and_dense_in_each():
     rows = [
         row("linear", 100.0, peer="torch.dense", values="float32"), row("int4_linear", 50.0),

@@ -73,12 +73,21 @@ GOALS = (
 )  # fmt: skip
 
 
+def asked(limits: dict[str, Any]) -> tuple[Goal, ...]:
+    """The goals on the machine of these limits: without a level above AVX2, no more than to equal the best."""
+    if set(limits["peaks"]) != {"baseline", "avx2"}:
+        return GOALS
+    return tuple(
+        goal._replace(ratio={m: min(1.0, ratio) for m, ratio in goal.ratio.items()}, read={}, peak={}) for goal in GOALS
+    )
+
+
 def judge(rows: Sequence[Row], limits: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry per goal, shape, M (and dtype): what is asked for, what was measured, whether it is met."""
     timed = [row for row in rows if row["median_us"]]
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in timed))
     found: list[dict[str, Any]] = []
-    for goal in GOALS:
+    for goal in asked(limits):
         for n, k in shapes:
             here = [row for row in timed if (row["n"], row["k"]) == (n, k)]
             for m in dict.fromkeys(row["m"] for row in here):
