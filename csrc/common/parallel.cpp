@@ -29,6 +29,7 @@ constexpr auto CONTENDED = std::chrono::milliseconds(50);
 constexpr auto WAKE = std::chrono::microseconds(60);
 // Chunks per thread: enough that a thread whose core is taken away leaves little behind.
 constexpr int CHUNKS_PER_THREAD = 8;
+// With fewer chunks than this the first one, which tells how long a job takes, would be most of the job.
 constexpr int64_t MEASURABLE = 6;
 
 void pause() {
@@ -62,7 +63,6 @@ class Pool {
         state_.store(pack(job_of(state_.load(std::memory_order_relaxed)) + 1, static_cast<uint64_t>(threads - 1),
                           static_cast<uint64_t>(chunks_)));
         const auto start = Clock::now();
-        // The first chunk tells how long the job takes; too few of them and it would be most of the job.
         bool woken = chunks_ < MEASURABLE && wake();
         work(state_.load(std::memory_order_relaxed), [&](int64_t left) {
             if (woken || asleep_.load() == 0) return;

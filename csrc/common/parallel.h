@@ -3,8 +3,7 @@
 // Why a pool of our own and not OpenMP: a libgomp team hangs in a forked child, and its end-of-region barrier waits
 // for every member, so that one busy core stalls a call for milliseconds. Here the caller hands out small chunks from
 // one counter, works itself, and waits only for chunks that somebody took. A worker that is late finds nothing left
-// and is not waited for. After a call workers spin for a few tens of microseconds (the next layer of a model usually
-// comes by then), then sleep.
+// and is not waited for. After a call workers watch for the next one for a while, then sleep (parallel.cpp).
 //
 // Fork: the child starts with an empty pool. Several calling threads: one has the workers, the others run alone.
 #pragma once

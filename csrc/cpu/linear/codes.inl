@@ -3,16 +3,16 @@
 //
 //   sum over k in a group of (u[k] - o) * s * x[k] = s * (sum of u[k] * x[k] - o * (sum of x[k])),  u = q + OFFSET
 //
-// The sums of x are known before, lane by lane, so that a group's fp32 sums start at -o times them and end at the exact
-// dot product's place; then the scale is applied once per group. A level gives Codes per format:
+// The sums of x are known before, lane by lane, so that a group's fp32 sums start at -o times them, and end as the dot
+// product of centred codes; then the scale is applied once per group. A level gives Codes per format:
 //
 //   struct Codes {
-//       static constexpr int BYTES, COLUMNS;     // a chunk: bytes of a row, and the columns in them
+//       static constexpr int BYTES, COLUMNS;         // a chunk: bytes of a row, and the columns in them
 //       static constexpr int OFFSET;
-//       static constexpr int VECTORS;            // COLUMNS / WIDTH
+//       static constexpr int VECTORS;                // COLUMNS / WIDTH
 //       static F32 lanes(const float* x, int v);     // the x of a chunk's columns in the order of vector(v)
 //       static constexpr float factor(int v);        // vector(v) is u / factor(v); x is multiplied by it beforehand
-//       struct Raw;                              // a chunk of one row
+//       struct Raw;                                  // a chunk of one row
 //       static Raw load(const uint8_t*);
 //       static F32 vector(const Raw&, int v);
 //   };
@@ -217,37 +217,33 @@ void codes_panel(const CodesCall& call, int64_t n, int64_t n_step, int64_t m0, c
     }
 }
 
-// R rows of w times all rows of x.
-template <class Codes, int R>
+// A panel of `rows`, up to M.
+template <class Codes, int R, int M>
+void codes_panel_of(int64_t rows, const CodesCall& call, int64_t n, int64_t n_step, int64_t m0, const float* scaling) {
+    if constexpr (M > 1)
+        if (rows < M) return codes_panel_of<Codes, R, M - 1>(rows, call, n, n_step, m0, scaling);
+    codes_panel<Codes, R, M>(call, n, n_step, m0, scaling);
+}
+
+// R rows of w times all rows of x, in panels of up to M.
+template <class Codes, int R, int M>
 void codes_rows(const CodesCall& call, int64_t n, int64_t n_step, float* memory) {
     float* scaling = memory;                            // [strip][2][R]
     float* row = memory + 2 * R * call.strips.count();  // [groups]
     take_scaling<Codes, R>(call, n, n_step, row, scaling);
     for (int64_t panel = 0; panel < call.x.panels; ++panel) {
         const int64_t m0 = call.x.panel_row(panel);
-        switch (call.x.panel_row(panel + 1) - m0) {
-            case 1:
-                codes_panel<Codes, R, 1>(call, n, n_step, m0, scaling);
-                break;
-            case 2:
-                codes_panel<Codes, R, 2>(call, n, n_step, m0, scaling);
-                break;
-            case 3:
-                codes_panel<Codes, R, 3>(call, n, n_step, m0, scaling);
-                break;
-            default:
-                codes_panel < Codes, R<3 ? R : 3, CODES_PANEL>(call, n, n_step, m0, scaling);
-        }
+        codes_panel_of<Codes, R, M>(call.x.panel_row(panel + 1) - m0, call, n, n_step, m0, scaling);
     }
 }
 
-template <class Codes, int R>
+template <class Codes, int R, int M>
 void run_codes_of(const CodesCall& call) {
     parallel_for(call.a.n, worth_threads(call.a), [&](int64_t begin, int64_t end) {
         float* memory = scratch_floats(Scratch::TASK, static_cast<size_t>(2 * R * call.strips.count() + call.groups));
         const int64_t part = (end - begin) / R;
-        for (int64_t n = begin; n < begin + part; ++n) codes_rows<Codes, R>(call, n, part, memory);
-        for (int64_t n = begin + R * part; n < end; ++n) codes_rows<Codes, 1>(call, n, 0, memory);
+        for (int64_t n = begin; n < begin + part; ++n) codes_rows<Codes, R, M>(call, n, part, memory);
+        for (int64_t n = begin + R * part; n < end; ++n) codes_rows<Codes, 1, M>(call, n, 0, memory);
     });
 }
 
@@ -276,6 +272,6 @@ bool run_codes(const LinearArgs& a, const GroupArgs& g, const void* codes, int64
     }
     const CodesCall call{
         a, g, strips, x, static_cast<const uint8_t*>(codes), row_bytes, (a.k + g.group_size - 1) / g.group_size};
-    a.m > 2 ? run_codes_of<Codes, 3>(call) : run_codes_of<Codes, 4>(call);
+    a.m > 2 ? run_codes_of<Codes, 3, CODES_PANEL>(call) : run_codes_of<Codes, 4, 2>(call);
     return true;
 }

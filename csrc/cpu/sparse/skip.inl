@@ -28,7 +28,7 @@ LLMKERN_INLINE int panel_vectors(int64_t rows) {
 }
 
 // Rows of w at a time: enough sums to hide the latency of a multiplication.
-constexpr int rows_together(int vectors) { return vectors <= 2 ? 4 : vectors <= 3 ? 3 : vectors <= 6 ? 2 : 1; }
+constexpr int rows_together(int vectors) { return vectors <= 3 ? 3 : vectors <= 6 ? 2 : 1; }
 
 // Columns of a block: at most 16 KiB (32 KiB with 16 lanes) of x, and no longer a chain of sums than in a dense tile.
 constexpr int block_columns(int vectors) { return vectors <= 4 ? CHAIN_COLUMNS : CHAIN_COLUMNS / 2; }
@@ -137,8 +137,9 @@ void multiply_kept(const KeptTile& tile, int rows, const float* x, float* sums, 
     }
 }
 
+// Two vectors or fewer keep the dense tile (dense_rows).
 using MultiplyKept = void (*)(const KeptTile&, int, const float*, float*, int64_t, bool);
-constexpr MultiplyKept MULTIPLY_KEPT[MOST_VECTORS + 1] = {nullptr,          nullptr,          multiply_kept<2>,
+constexpr MultiplyKept MULTIPLY_KEPT[MOST_VECTORS + 1] = {nullptr,          nullptr,          nullptr,
                                                           multiply_kept<3>, multiply_kept<4>, multiply_kept<5>,
                                                           multiply_kept<6>, multiply_kept<7>, multiply_kept<8>};
 
