@@ -138,6 +138,9 @@ void run(const BitmaskLinearArgs& args) {
         const GroupArgs groups{args.scales, args.scales_dtype, nullptr, args.scales ? args.group_size : k, k};
         const BitmaskPairs<KEPT> weight{
             {}, values, values + kept_bytes(KEPT, args.row_offsets[args.linear.n]), args.bits, args.row_offsets, k};
+#ifdef LLMKERN_PAIR_STREAM
+        if (run_pair_stream(args.linear, groups, weight)) return;
+#endif
         if (takes_pairs(args.linear, groups)) return run_pairs(args.linear, groups, weight);
     }
 #endif

@@ -3,6 +3,7 @@
 template <Kept KEPT>
 struct BitmaskPairs : SparsePairs<KEPT> {
     using SparsePairs<KEPT>::COLUMNS;
+    static constexpr bool ZERO_POINTS = false;
 
     struct Cursor {
         const uint8_t* values;
@@ -31,6 +32,22 @@ struct BitmaskPairs : SparsePairs<KEPT> {
         // About where these columns' values of the row a tile later are.
         prefetch_later(at.values + kept_bytes(KEPT, TILE_LANES * k / 2));
         return place_values(at, word);
+    }
+
+    LLMKERN_INLINE_MEMBER __m512i stream(Cursor& at) const {
+        uint64_t word = 0;
+        __builtin_memcpy(&word, at.bits, COLUMNS / 8);
+        prefetch(at.bits + PAIR_AHEAD);
+        at.bits += COLUMNS / 8;
+        prefetch(at.values + PAIR_AHEAD);
+        return place_values(at, word);
+    }
+
+    LLMKERN_INLINE_MEMBER __m512i pairs(__m512i dwords, int part) const {
+        return KEPT == Kept::BF16 ? dwords : byte_pairs(dwords, part);
+    }
+    static constexpr int column(int part, int word) {
+        return KEPT == Kept::BF16 ? word : byte_pairs_column(part, word);
     }
 
     LLMKERN_INLINE_MEMBER __m512i last(Cursor& at, int columns) const {

@@ -87,6 +87,9 @@ void int4_linear(const Int4LinearArgs& args) {
 #ifdef LLMKERN_CODE_STREAM
     if (run_codes<NibbleCodes>(a, groups, args.nibbles, row_bytes)) return;
 #endif
+#ifdef LLMKERN_PAIR_STREAM
+    if (run_pair_stream(a, groups, Int4Pairs{args.nibbles, row_bytes})) return;
+#endif
 #ifdef LLMKERN_PAIR_DOT
     if (takes_pairs(a, groups)) return run_pairs(a, groups, Int4Pairs{args.nibbles, row_bytes});
 #endif

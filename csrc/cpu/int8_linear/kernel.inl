@@ -70,6 +70,9 @@ void int8_linear(const Int8LinearArgs& args) {
 #ifdef LLMKERN_CODE_STREAM
     if (run_codes<ByteCodes>(a, groups, args.codes, a.k)) return;
 #endif
+#ifdef LLMKERN_PAIR_STREAM
+    if (run_pair_stream(a, groups, Int8Pairs{args.codes, a.k})) return;
+#endif
 #ifdef LLMKERN_PAIR_DOT
     if (takes_pairs(a, groups)) return run_pairs(a, groups, Int8Pairs{args.codes, a.k});
 #endif

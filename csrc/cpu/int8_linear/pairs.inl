@@ -2,6 +2,7 @@
 
 struct Int8Pairs {
     static constexpr int COLUMNS = 64, PARTS = 2;
+    static constexpr bool ZERO_POINTS = true;
     static constexpr int place(int dword, int part) { return 2 * dword + part; }
 
     struct Cursor {
@@ -21,6 +22,16 @@ struct Int8Pairs {
         at.codes += COLUMNS;
         return bytes;
     }
+
+    LLMKERN_INLINE_MEMBER __m512i stream(Cursor& at) const {
+        const __m512i bytes = _mm512_loadu_si512(at.codes);
+        prefetch(at.codes + PAIR_AHEAD);
+        at.codes += COLUMNS;
+        return bytes;
+    }
+
+    LLMKERN_INLINE_MEMBER __m512i pairs(__m512i dwords, int part) const { return byte_pairs(dwords, part); }
+    static constexpr int column(int part, int word) { return byte_pairs_column(part, word); }
 
     LLMKERN_INLINE_MEMBER __m512i last(Cursor& at, int columns) const {
         return _mm512_maskz_loadu_epi8(bytes_mask(columns), at.codes);

@@ -37,6 +37,8 @@ namespace llmkern::LLMKERN_NS {
 #include "cpu/linear/amx_pairs.inl"
 #else
 #include "cpu/linear/pairs.inl"
+
+#include "cpu/linear/pair_stream.inl"
 #endif
 #endif
 

@@ -3,6 +3,7 @@
 
 #define LLMKERN_NS avx512_bf16
 #define LLMKERN_PAIR_DOT
+#define LLMKERN_PAIR_STREAM
 
 #include "cpu/simd/avx512_vnni.h"
 #include "cpu/simd/products.h"
