@@ -4,6 +4,7 @@ template <Kept KEPT>
 struct BitmaskPairs : SparsePairs<KEPT> {
     using SparsePairs<KEPT>::COLUMNS;
     static constexpr bool ZERO_POINTS = false;
+    static constexpr int64_t STREAM_ROWS = 8;
 
     struct Cursor {
         const uint8_t* values;

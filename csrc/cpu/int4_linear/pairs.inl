@@ -3,6 +3,7 @@
 struct Int4Pairs {
     static constexpr int COLUMNS = 128, PARTS = 4;
     static constexpr bool ZERO_POINTS = true;
+    static constexpr int64_t STREAM_ROWS = 16;
     static constexpr int place(int dword, int part) { return 4 * dword + part; }
 
     struct Cursor {

@@ -3,6 +3,7 @@
 struct Int8Pairs {
     static constexpr int COLUMNS = 64, PARTS = 2;
     static constexpr bool ZERO_POINTS = true;
+    static constexpr int64_t STREAM_ROWS = 8;
     static constexpr int place(int dword, int part) { return 2 * dword + part; }
 
     struct Cursor {

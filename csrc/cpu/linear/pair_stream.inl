@@ -12,6 +12,7 @@
 // Besides what pair_tile.inl asks for, a weight's Pairs give
 //
 //   static constexpr bool ZERO_POINTS;                  // whether it may have them
+//   static constexpr int64_t STREAM_ROWS;               // up to so many rows of x this is faster than tiles
 //   __m512i stream(Cursor&) const;                     // as step(), for rows that are read to their end at once
 //   __m512i pairs(__m512i dwords, int part) const;     // one of the PARTS vectors of pairs of a step,
 //   static constexpr int column(int part, int word);   // and the column, within the step, of one of its 32 words:
@@ -24,8 +25,6 @@
 // the tables and shifts of a format.
 constexpr int PAIR_PANEL = 4;
 constexpr int pair_rows_of(int m) { return m <= 3 ? 4 : 3; }
-// Up to so many rows of x this is faster than tiles (pairs.inl).
-constexpr int64_t PAIR_STREAM_ROWS = 16;
 // Columns of a strip where a group is longer.
 constexpr int64_t PAIR_STRIP = 512;
 // Rows of w whose scales are converted at once.
@@ -294,22 +293,22 @@ void stream_all(const PairCall<Pairs>& call) {
                 for (int64_t j = values; j < values + LANES; ++j) scale[j] = zero[j] = 0;
             }
         };
-        const auto rows = [&](auto r, int64_t n, int64_t n_step, int64_t i) {
+        // Panel by panel, so that one of x stays in the inner cache while `taken` times R rows of w wait in the outer one.
+        const auto rows = [&](auto r, int64_t n, int64_t n_step, int64_t taken) {
+            take(n, n_step, taken, r);
             for (int64_t panel = 0; panel < call.x.panels; ++panel) {
                 const int64_t m0 = call.x.panel_row(panel), count = call.x.panel_row(panel + 1) - m0;
-                const PairScales s{scales + i * groups, zeros + i * groups, ld};
-                stream_panel<Pairs, STRIP, ZEROS, r, M>(count, call, n + i, n_step, m0, s);
+                for (int64_t i = 0; i < taken; ++i) {
+                    const PairScales s{scales + i * groups, zeros + i * groups, ld};
+                    stream_panel<Pairs, STRIP, ZEROS, r, M>(count, call, n + i, n_step, m0, s);
+                }
             }
         };
-        const int64_t part = (end - begin) / R;
-        for (int64_t n = begin; n < begin + part; n += PAIR_SCALES) {
-            const int64_t taken = begin + part - n < PAIR_SCALES ? begin + part - n : PAIR_SCALES;
-            take(n, part, taken, R);
-            for (int64_t i = 0; i < taken; ++i) rows(std::integral_constant<int, R>(), n, part, i);
-        }
-        const int64_t rest = begin + R * part;
-        if (rest < end) take(rest, 0, end - rest, 1);
-        for (int64_t i = 0; i < end - rest; ++i) rows(std::integral_constant<int, 1>(), rest, 0, i);
+        const int64_t part = (end - begin) / R, rest = begin + R * part;
+        for (int64_t n = begin; n < begin + part; n += PAIR_SCALES)
+            rows(std::integral_constant<int, R>(), n, part,
+                 begin + part - n < PAIR_SCALES ? begin + part - n : PAIR_SCALES);
+        rows(std::integral_constant<int, 1>(), rest, 0, end - rest);
     });
 }
 
@@ -337,7 +336,7 @@ void stream_strips(const PairCall<Pairs>& call) {
 // False if these arguments must go another way.
 template <class Pairs>
 bool run_pair_stream(const LinearArgs& a, const GroupArgs& g, const Pairs& weight) {
-    if (a.x_dtype != DType::BF16 || a.m > PAIR_STREAM_ROWS || a.k == 0 || !fast_bf16_products()) return false;
+    if (a.x_dtype != DType::BF16 || a.m > Pairs::STREAM_ROWS || a.k == 0 || !fast_bf16_products()) return false;
     PairStrips strips;
     if (!fit_strips<Pairs>(g, strips)) return false;
     const int64_t steps = strips.steps, words = a.m * steps * Pairs::PARTS * 32, sums = a.m * steps * LANES;
