@@ -2,6 +2,7 @@
 # The native code under the sanitizers of the compiler. Run from the repository, with a Python that has the test tools:
 #   tools/sanitize.sh PYTHON         thread sanitizer on the pool, then address and undefined behaviour on the op tests
 #   tools/sanitize.sh PYTHON pool    the pool alone, which takes seconds
+#   tools/sanitize.sh PYTHON native  address and undefined behaviour on the native tests, without Python: minutes
 # Leaks are not looked for: Python and torch keep memory until the process ends.
 set -eu
 cd "$(dirname "$0")/.."
@@ -10,6 +11,13 @@ what=${2:-all}
 work=.cache/sanitize
 mkdir -p "$work"
 cxx=${CXX:-c++}
+
+if [ "$what" = native ]; then
+    PATH=$(dirname "$python"):$PATH
+    cmake -S tests/native -B "$work/native" -G Ninja -DLLMKERN_SANITIZE=ON >"$work/configure.log"
+    ninja -C "$work/native"
+    exec "$work/native/levels"
+fi
 
 "$cxx" -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -Icsrc tests/native/pool.cpp -o "$work/pool" -pthread
 "$work/pool"
