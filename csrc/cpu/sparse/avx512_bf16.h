@@ -4,3 +4,5 @@
 #include "cpu/simd/avx512_bf16.h"
 
 #include "cpu/sparse/avx512_vnni.h"
+
+#define LLMKERN_KEPT_PAIRS

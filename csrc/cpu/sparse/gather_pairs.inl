@@ -1,0 +1,176 @@
+// Few rows of bf16 x times kept pairs: not the weight is put in place, x is. For 64 columns of a row of w
+//
+//   positions  8 bytes --> 32 fields of two bits in words, + 4 * quad = index of a column        2 instructions
+//   x          64 columns of a row of x in two registers, looked up by the index = 32 words      1 per row of x
+//   values     32 words in order                                                                 bf16: 0, int4: 3
+//
+// and one multiplication per row of x. Included inside namespace llmkern::LLMKERN_NS.
+
+// From how many rows on skip_pairs.inl is faster.
+constexpr int64_t GATHER_ROWS = 8;
+// How far ahead of its reading a stream of values is asked for, in bytes.
+constexpr int64_t GATHER_AHEAD = 2048;
+// Sums start again from 0 after at most so many steps: the rounding error of a chain grows with its length.
+constexpr int64_t GATHER_STEPS = 64;
+
+LLMKERN_INLINE __m512i gather_index(const uint8_t* positions) {
+    const __m512i fields = _mm512_set1_epi64(static_cast<int64_t>(load_word(positions)));
+    // Word i: the field at bit 2 i; and the first column of its quad.
+    const __m512i shifts = _mm512_setr_epi64(0x0006000400020000, 0x000e000c000a0008, 0x0016001400120010, 0x001e001c001a0018,
+                                             0x0026002400220020, 0x002e002c002a0028, 0x0036003400320030, 0x003e003c003a0038);
+    const __m512i quads = _mm512_setr_epi64(0x0004000400000000, 0x000c000c00080008, 0x0014001400100010, 0x001c001c00180018,
+                                            0x0024002400200020, 0x002c002c00280028, 0x0034003400300030, 0x003c003c00380038);
+    const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, fields);
+    return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x00030003), quads, 0xea);  // shifted & 3 | quads
+}
+
+// What the rows of one call share.
+template <Kept KEPT>
+struct GatherCall {
+    const LinearArgs& a;
+    const GroupArgs& g;
+    const TwoOfFourPairs<KEPT>& w;
+    const uint16_t* x;  // [step][row of x][64], padded with zeros
+    int64_t groups;
+    int64_t group_steps;  // steps that share a scale, or with one group that are added in a chain
+};
+
+// sums[r][m] += the products of one step.
+template <Kept KEPT, int R, int M>
+LLMKERN_INLINE void gather_step(const uint8_t* values, int64_t values_ld, const uint8_t* positions,
+                                int64_t positions_ld, const uint16_t* x, __m512 (&sums)[R][M]) {
+    __m512i index[R], w[R];
+    for (int r = 0; r < R; ++r) {
+        index[r] = gather_index(positions + r * positions_ld);
+        w[r] = kept_words<KEPT>(values + r * values_ld);
+    }
+    for (int m = 0; m < M; ++m) {
+        const __m512i low = _mm512_load_si512(x + m * STEP_COLUMNS), high = _mm512_load_si512(x + m * STEP_COLUMNS + 32);
+        for (int r = 0; r < R; ++r) sums[r][m] = add_pairs(sums[r][m], w[r], _mm512_permutex2var_epi16(low, index[r], high));
+    }
+}
+
+// Sums over the lanes of four vectors. Each has the same order of additions wherever it stands.
+LLMKERN_INLINE __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const auto half = [](__m512 v) __attribute__((always_inline)) {
+        const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    };
+    __m128 v[4] = {half(a), half(b), half(c), half(d)};
+    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+    return _mm_add_ps(_mm_add_ps(v[0], v[1]), _mm_add_ps(v[2], v[3]));
+}
+
+// Rows n, n + n_step, ... of w, far from each other so that the processor sees R long streams, times M rows of x.
+template <Kept KEPT, int R, int M>
+void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float* scales) {
+    const LinearArgs& a = call.a;
+    const GroupArgs& g = call.g;
+    const int64_t row_positions = (a.k + 7) / 8;
+    const int64_t values_ld = n_step * call.w.row_bytes, positions_ld = n_step * row_positions;
+    const uint8_t* values = call.w.values + n * call.w.row_bytes;
+    const uint8_t* positions = call.w.positions + n * row_positions;
+    const uint16_t* x = call.x;
+    const float* scale = nullptr;  // [r][group]
+    int64_t scale_ld = n_step * call.groups;
+    if (g.scales && g.scales_dtype == DType::F32) {
+        scale = static_cast<const float*>(g.scales) + n * call.groups;
+    } else if (g.scales) {
+        scale = scales;
+        scale_ld = call.groups;
+        for (int r = 0; r < R; ++r)
+            convert_row(scales + r * call.groups, g.scales, g.scales_dtype, (n + r * n_step) * call.groups, call.groups);
+    }
+    const int64_t whole = a.k / STEP_COLUMNS;
+    const int rest = static_cast<int>(a.k % STEP_COLUMNS);
+    __m512 totals[R][M];
+    for (int r = 0; r < R; ++r)
+        for (int m = 0; m < M; ++m) totals[r][m] = _mm512_setzero_ps();
+    for (int64_t step = 0; step < whole || (step == whole && rest);) {
+        __m512 sums[R][M];
+        for (int r = 0; r < R; ++r)
+            for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
+        const int64_t end = step + call.group_steps;
+        for (const int64_t stop = end < whole ? end : whole; step < stop; ++step) {
+            for (int r = 0; r < R; ++r) prefetch(values + r * values_ld + GATHER_AHEAD);
+            for (int r = 0; r < R; ++r)
+                prefetch(positions + r * positions_ld + GATHER_AHEAD * STEP_POSITIONS / STEP_VALUES<KEPT>);
+            gather_step<KEPT, R, M>(values, values_ld, positions, positions_ld, x, sums);
+            values += STEP_VALUES<KEPT>;
+            positions += STEP_POSITIONS;
+            x += M * STEP_COLUMNS;
+        }
+        if (step < end && rest) {
+            ++step;
+            for (int r = 0; r < R; ++r) {
+                const LastStep<KEPT> last(values + r * values_ld, positions + r * positions_ld, rest);
+                __m512 row[1][M];
+                for (int m = 0; m < M; ++m) row[0][m] = sums[r][m];
+                gather_step<KEPT, 1, M>(last.values, 0, last.positions, 0, x, row);
+                for (int m = 0; m < M; ++m) sums[r][m] = row[0][m];
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const __m512 by = _mm512_set1_ps(scale ? scale[r * scale_ld] : 1.0f);
+            for (int m = 0; m < M; ++m) totals[r][m] = _mm512_fmadd_ps(sums[r][m], by, totals[r][m]);
+        }
+        if (call.groups > 1) ++scale;
+    }
+
+    constexpr int COUNT = R * M;
+    alignas(16) float out[COUNT + 3];
+    for (int i = 0; i < COUNT; i += 4) {
+        const auto total = [&](int j) __attribute__((always_inline)) {
+            return j < COUNT ? totals[j / M][j % M] : _mm512_setzero_ps();
+        };
+        _mm_store_ps(out + i, sums_of_four(total(i), total(i + 1), total(i + 2), total(i + 3)));
+    }
+    for (int r = 0; r < R; ++r) {
+        const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n + r * n_step) : 0.0f;
+        for (int m = 0; m < M; ++m) store_one(a.y, DType::BF16, m * a.n + n + r * n_step, out[r * M + m] + bias);
+    }
+}
+
+template <Kept KEPT, int M>
+void run_gather_of(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
+    constexpr int R = M <= 2 ? 4 : 2;
+    const int64_t steps = div_up(a.k, STEP_COLUMNS), groups = div_up(a.k, g.group_size);
+    auto* x = static_cast<uint16_t*>(scratch(Scratch::CALL, sizeof(uint16_t) * static_cast<size_t>(steps * M * STEP_COLUMNS)));
+    for (int64_t step = 0; step < steps; ++step)
+        for (int64_t m = 0; m < M; ++m)
+            for (int64_t c = 0; c < STEP_COLUMNS; c += 32) {
+                const int64_t k = step * STEP_COLUMNS + c;
+                const auto* from = static_cast<const uint16_t*>(a.x) + m * a.k + k;
+                _mm512_store_si512(x + (step * M + m) * STEP_COLUMNS + c,
+                                   _mm512_maskz_loadu_epi16(k < a.k ? words_mask(a.k - k) : 0, from));
+            }
+    const GatherCall<KEPT> call{a, g, w, x, groups, groups > 1 ? g.group_size / STEP_COLUMNS : GATHER_STEPS};
+    parallel_for(a.n, worth_threads(a), [&](int64_t begin, int64_t end) {
+        float* scales = scratch_floats(Scratch::TASK, static_cast<size_t>(R * groups));
+        const int64_t part = (end - begin) / R;
+        for (int64_t n = begin; n < begin + part; ++n) gather_rows<KEPT, R, M>(call, n, part, scales);
+        for (int64_t n = begin + R * part; n < end; ++n) gather_rows<KEPT, 1, M>(call, n, 0, scales);
+    });
+}
+
+// y = x @ wᵀ + bias for M or fewer rows of bf16 x. Groups are whole steps.
+template <Kept KEPT, int M = GATHER_ROWS>
+void run_gather_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
+    if constexpr (M > 1)
+        if (a.m < M) return run_gather_pairs<KEPT, M - 1>(a, g, w);
+    run_gather_of<KEPT, M>(a, g, w);
+}
+
+// False if the arguments are for another way.
+template <Kept KEPT>
+bool run_kept_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
+    if (a.x_dtype != DType::BF16 || a.m == 0 || a.k == 0 || !fast_bf16_products()) return false;
+    const auto groups_of = [&](int columns) { return g.group_size % columns == 0 || g.group_size >= a.k; };
+    if (a.m <= GATHER_ROWS && groups_of(STEP_COLUMNS))
+        run_gather_pairs(a, g, w);
+    else if (a.m > GATHER_ROWS && groups_of(16))
+        run_skip_pairs(a, g, w);
+    else
+        return false;
+    return true;
+}
