@@ -44,9 +44,11 @@ LLMKERN_INLINE void gather_step(const uint8_t* values, int64_t values_ld, const 
         index[r] = gather_index(positions + r * positions_ld);
         w[r] = kept_words<KEPT>(values + r * values_ld);
     }
-    for (int m = 0; m < M; ++m) {
-        const __m512i low = _mm512_load_si512(x + m * STEP_COLUMNS), high = _mm512_load_si512(x + m * STEP_COLUMNS + 32);
-        for (int r = 0; r < R; ++r) sums[r][m] = add_pairs(sums[r][m], w[r], _mm512_permutex2var_epi16(low, index[r], high));
+    for (int m = 0; m < M; ++m) {  // x in registers: all R rows take it from there
+        const __m512i low = in_register(_mm512_load_si512(x + m * STEP_COLUMNS));
+        const __m512i high = in_register(_mm512_load_si512(x + m * STEP_COLUMNS + 32));
+        for (int r = 0; r < R; ++r)
+            sums[r][m] = add_pairs(sums[r][m], w[r], _mm512_permutex2var_epi16(low, index[r], high));
     }
 }
 
@@ -102,13 +104,9 @@ void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float*
         }
         if (step < end && rest) {
             ++step;
-            for (int r = 0; r < R; ++r) {
-                const LastStep<KEPT> last(values + r * values_ld, positions + r * positions_ld, rest);
-                __m512 row[1][M];
-                for (int m = 0; m < M; ++m) row[0][m] = sums[r][m];
-                gather_step<KEPT, 1, M>(last.values, 0, last.positions, 0, x, row);
-                for (int m = 0; m < M; ++m) sums[r][m] = row[0][m];
-            }
+            LastStep<KEPT> last[R];
+            for (int r = 0; r < R; ++r) last[r].take(values + r * values_ld, positions + r * positions_ld, rest);
+            gather_step<KEPT, R, M>(last[0].values, sizeof last[0], last[0].positions, sizeof last[0], x, sums);
         }
         for (int r = 0; r < R; ++r) {
             const __m512 by = _mm512_set1_ps(scale ? scale[r * scale_ld] : 1.0f);

@@ -35,7 +35,7 @@ struct LastStep {
     alignas(64) uint8_t values[STEP_VALUES<KEPT>] = {};
     uint8_t positions[STEP_POSITIONS] = {};
 
-    LLMKERN_INLINE_MEMBER LastStep(const uint8_t* from, const uint8_t* positions_from, int columns) {
+    LLMKERN_INLINE_MEMBER void take(const uint8_t* from, const uint8_t* positions_from, int columns) {
         const int quads = (columns + 3) / 4;
         for (int i = 0; i < kept_bytes(KEPT, 2 * quads); ++i) values[i] = from[i];
         for (int i = 0; i < (quads + 1) / 2; ++i) positions[i] = positions_from[i];

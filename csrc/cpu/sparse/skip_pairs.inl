@@ -4,125 +4,173 @@
 // pairs of columns of x. All six stand ready, with rows of x in the lanes:
 //
 //   x block, in L1 while the rows of a tile of w pass it:  [quad][01 02 03 12 13 23][V vectors of 16 rows of x]
-//   w, 4 rows at a time:                                   [row][quad] the kept pair, and where its x is in the quad
+//   tile, in L2, the same columns of rows of w:            [row][quad] the kept pair, and where its x is in the quad
 //
 //        kept pair, place --> one broadcast, V multiplications with x[quad][place]     V sums of a row of w in registers
 //
 // Loads are the limit, two per cycle: V of them are operands of multiplications, and pairs and places are loaded for
 // four quads at once. Included inside namespace llmkern::LLMKERN_NS.
 
-constexpr int STRIP_ROWS = 4;
 constexpr int MOST_X_VECTORS = 4;
 constexpr int CHOICES = 6;  // of two of four columns
-// x that is packed at a time; sums are [rows of w in a tile][block of x].
+// Rows of x that are packed at a time: sums are [rows of w in a tile][block of x], in L2.
 constexpr int64_t SKIP_BLOCK_ROWS = 256;
-constexpr int64_t SKIP_TILE_ROWS = 256;
-// Strips between what is asked for and what is read.
-constexpr int64_t STRIPS_AHEAD = 8;
+constexpr int64_t SKIP_TILE_ROWS = 192;
+// Rows between what is asked for and what is decoded, where nothing else hides the way from memory.
+constexpr int64_t SKIP_ROWS_AHEAD = 3;
 
 constexpr int quad_bytes(int vectors) { return CHOICES * vectors * 64; }
 
 // Columns of a block of x: 24 KiB of the six pairs, half of L1.
 constexpr int x_block_columns(int vectors) { return vectors == 1 ? 256 : vectors == 2 ? 128 : 64; }
+constexpr int CHUNK_QUADS = CHUNK_COLUMNS / 4;
+constexpr int x_block_quads(int vectors) { return x_block_columns(vectors) / 4; }
+
+// Rows of w at a time: with few vectors 16 sums, with more, 18 or 24.
+constexpr int strip_rows(int vectors) { return vectors <= 2 ? 8 : 6; }
+constexpr int64_t STRIPS_OF_ALL = 24;  // a multiple of each
 
 // The place of a pair in a quad by its nibble of positions, p0 | p1 << 2.
 template <int V>
 LLMKERN_INLINE __m512i place_table() {
-    alignas(64) static constexpr int32_t PLACES[16] = {0, 0,       64 * V,  128 * V, 0,       0,       192 * V, 256 * V,
-                                                       64 * V, 192 * V, 0,       320 * V, 128 * V, 256 * V, 320 * V, 0};
-    return _mm512_load_si512(PLACES);
+    constexpr int P = 64 * V;
+    return _mm512_setr_epi32(0, 0, P, 2 * P, 0, 0, 3 * P, 4 * P, P, 3 * P, 0, 5 * P, 2 * P, 4 * P, 5 * P, 0);
 }
 
-// 4 rows of w in a block of columns.
-template <int V>
-struct Strip {
-    static constexpr int QUADS = x_block_columns(V) / 4;
-    alignas(64) uint32_t pairs[STRIP_ROWS][QUADS];
-    alignas(64) uint16_t places[STRIP_ROWS][QUADS];  // byte offsets into a quad of x
+// Rows of w in a chunk of columns: long runs of each row, for rows are often a page or more apart.
+struct KeptTile {
+    uint32_t* pairs;   // [block of columns][rows][quad]
+    uint16_t* places;  // likewise: byte offsets into a quad of x
+    int64_t rows;
 };
 
 template <Kept KEPT, int V>
 LLMKERN_INLINE void decode_step(const uint8_t* values, const uint8_t* positions, uint32_t* pairs, uint16_t* places) {
     _mm512_store_si512(pairs, kept_words<KEPT>(values));
     const __m512i nibbles = _mm512_set1_epi64(static_cast<int64_t>(load_word(positions)));
-    const __m512i shifts = _mm512_setr_epi64(0x0000000400000000, 0x0000000c00000008, 0x0000001400000010, 0x0000001c00000018,
-                                             0x0000002400000020, 0x0000002c00000028, 0x0000003400000030, 0x0000003c00000038);
+    const __m512i shifts =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
     const __m512i index = _mm512_multishift_epi64_epi8(shifts, nibbles);  // the look-up reads its low four bits
     const __m512i found = _mm512_permutexvar_epi32(index, place_table<V>());
     _mm256_store_si256(reinterpret_cast<__m256i*>(places), _mm512_cvtepi32_epi16(found));
 }
 
-// Rows n .. n + 4 of w in columns [k0, k0 + block); rows past the last one repeat it.
+// Where rows of w are read, from a chunk on.
+struct KeptRows {
+    const uint8_t* values;
+    const uint8_t* positions;
+    int64_t values_ld, positions_ld;
+};
+
+// What the next chunk of a tile reads is asked for line by line, between the strips of the chunk before it.
+template <Kept KEPT>
+class AskAhead {
+  public:
+    AskAhead(const KeptRows& w, int64_t rows, int64_t strips)
+        : values_(w.values), positions_(w.positions), values_ld_(w.values_ld), positions_ld_(w.positions_ld),
+          left_(rows * LINES), at_once_(div_up(rows * LINES, strips)) {}
+
+    LLMKERN_INLINE_MEMBER void ask() {
+        for (int64_t i = 0; i < at_once_ && left_ > 0; ++i, --left_) {
+            prefetch_later(line_ == VALUE_LINES ? positions_ : values_ + line_ * 64);
+            if (++line_ == LINES) {
+                line_ = 0;
+                values_ += values_ld_;
+                positions_ += positions_ld_;
+            }
+        }
+    }
+
+  private:
+    static constexpr int64_t VALUE_LINES = kept_bytes(KEPT, CHUNK_COLUMNS / 2) / 64, LINES = VALUE_LINES + 1;
+    const uint8_t* values_;
+    const uint8_t* positions_;
+    int64_t values_ld_, positions_ld_, left_, at_once_, line_ = 0;
+};
+
+// `columns` columns of `rows` rows; up to the next whole strip the last row is repeated.
 template <Kept KEPT, int V>
-LLMKERN_INLINE void decode_strip(const LinearArgs& a, const TwoOfFourPairs<KEPT>& w, int64_t n, int64_t k0, Strip<V>& to) {
-    const int64_t left = a.k - k0, columns = left < x_block_columns(V) ? left : x_block_columns(V);
-    const int64_t steps = columns / STEP_COLUMNS, rest = columns % STEP_COLUMNS;
-    for (int r = 0; r < STRIP_ROWS; ++r) {
-        const int64_t row = n + r < a.n ? n + r : a.n - 1;
-        const uint8_t* values = w.values + row * w.row_bytes + kept_bytes(KEPT, k0 / 2);
-        const uint8_t* positions = w.positions + row * ((a.k + 7) / 8) + k0 / 8;
-        for (int64_t i = 0; i < steps; ++i)
-            decode_step<KEPT, V>(values + i * STEP_VALUES<KEPT>, positions + i * STEP_POSITIONS,
-                                 to.pairs[r] + i * STEP_QUADS, to.places[r] + i * STEP_QUADS);
-        if (rest) {
-            const LastStep<KEPT> last(values + steps * STEP_VALUES<KEPT>, positions + steps * STEP_POSITIONS,
-                                      static_cast<int>(rest));
-            decode_step<KEPT, V>(last.values, last.positions, to.pairs[r] + steps * STEP_QUADS,
-                                 to.places[r] + steps * STEP_QUADS);
+void decode_rows(const KeptRows& w, int64_t rows, int columns, const KeptTile& to) {
+    constexpr int QUADS = x_block_quads(V), BLOCK_STEPS = x_block_columns(V) / STEP_COLUMNS;
+    const int steps = columns / STEP_COLUMNS, rest = columns % STEP_COLUMNS;
+    for (int64_t r = 0; r < round_up(rows, strip_rows(V)); ++r) {
+        const int64_t row = r < rows ? r : rows - 1;
+        const uint8_t* values = w.values + row * w.values_ld;
+        const uint8_t* positions = w.positions + row * w.positions_ld;
+        prefetch(positions + SKIP_ROWS_AHEAD * w.positions_ld);
+        for (int i = 0; i < steps + (rest > 0); ++i) {
+            const int64_t at = (i / BLOCK_STEPS * to.rows + r) * QUADS + i % BLOCK_STEPS * STEP_QUADS;
+            if (i < steps) {
+                prefetch(values + SKIP_ROWS_AHEAD * w.values_ld);
+                decode_step<KEPT, V>(values, positions, to.pairs + at, to.places + at);
+            } else {
+                LastStep<KEPT> last;
+                last.take(values, positions, rest);
+                decode_step<KEPT, V>(last.values, last.positions, to.pairs + at, to.places + at);
+            }
+            values += STEP_VALUES<KEPT>;
+            positions += STEP_POSITIONS;
         }
     }
 }
 
-// Asks for what decode_strip reads.
-template <Kept KEPT, int V>
-LLMKERN_INLINE void ask_strip(const LinearArgs& a, const TwoOfFourPairs<KEPT>& w, int64_t n, int64_t k0) {
-    for (int r = 0; r < STRIP_ROWS; ++r) {
-        const uint8_t* values = w.values + (n + r) * w.row_bytes + kept_bytes(KEPT, k0 / 2);
-        for (int64_t i = 0; i < kept_bytes(KEPT, x_block_columns(V) / 2); i += 64) prefetch_later(values + i);
-        prefetch_later(w.positions + (n + r) * ((a.k + 7) / 8) + k0 / 8);
-    }
-}
+// What a multiplication of a tile's rows with a block of x gets.
+struct SkipStep {
+    const uint32_t* pairs;   // of the tile in the block
+    const uint16_t* places;
+    int64_t rows;
+    const uint8_t* x;
+    int first_quad, end_quad;  // those that share a scale
+    const float* scales;       // of row i: scales[i * scales_ld], or null
+    int64_t scales_ld;
+    float* sums;  // [row][16 V]
+    bool first;   // sums are set, not added to
+};
 
-// sums[row][16 V] (+)= scale * (quads [q0, q1) of a strip times those of a block of x).
-template <int V>
-LLMKERN_INLINE void multiply_strip(const Strip<V>& w, const uint8_t* x, int q0, int q1, const float* scales,
-                                   int64_t scales_ld, float* sums, bool first) {
-    constexpr int CHAINS = V == 1 ? 4 : V == 2 ? 2 : 1;  // so that a sum waits for no other
-    __m512 acc[STRIP_ROWS][CHAINS][V];
-    unrolled<STRIP_ROWS>([&](auto r) __attribute__((always_inline)) {
-        unrolled<CHAINS>([&](auto c) __attribute__((always_inline)) {
-            unrolled<V>([&](auto v) __attribute__((always_inline)) { acc[r][c][v] = _mm512_setzero_ps(); });
-        });
-    });
-    const uint32_t* pairs = w.pairs[0] + q0;
-    const uint16_t* places = w.places[0] + q0;
-    x += q0 * quad_bytes(V);
-    for (int q = q0; q < q1; q += 4) {
-        unrolled<STRIP_ROWS>([&](auto r) __attribute__((always_inline)) {
-            const uint64_t place = load_word(places + r * Strip<V>::QUADS);
-            const __m512i four = _mm512_broadcast_i32x4(
-                _mm_load_si128(reinterpret_cast<const __m128i*>(pairs + r * Strip<V>::QUADS)));
-            unrolled<4>([&](auto i) __attribute__((always_inline)) {
-                const __m512i pair = _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(0x55 * i));
-                const uint8_t* from = x + i * quad_bytes(V) + static_cast<uint16_t>(place >> 16 * i);
-                unrolled<V>([&](auto v) __attribute__((always_inline)) {
-                    acc[r][i % CHAINS][v] = add_pairs_at(acc[r][i % CHAINS][v], pair, from + v * 64);
-                });
+// sums (+)= scale * (w times x).
+template <int V, class Ahead>
+void multiply_tile(const SkipStep& s, Ahead& ahead) {
+    constexpr int R = strip_rows(V), QUADS = x_block_quads(V);
+    constexpr int CHAINS = V == 1 ? 2 : 1;  // so that a sum waits for no other
+    for (int64_t row = 0; row < s.rows; row += R) {
+        ahead.ask();
+        __m512 acc[R][CHAINS][V];
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
+            unrolled<CHAINS>([&](auto c) __attribute__((always_inline)) {
+                unrolled<V>([&](auto v) __attribute__((always_inline)) { acc[r][c][v] = _mm512_setzero_ps(); });
             });
         });
-        pairs += 4;
-        places += 4;
-        x += 4 * quad_bytes(V);
-    }
-    unrolled<STRIP_ROWS>([&](auto r) __attribute__((always_inline)) {
-        const __m512 scale = _mm512_set1_ps(scales ? scales[r * scales_ld] : 1.0f);
-        unrolled<V>([&](auto v) __attribute__((always_inline)) {
-            __m512 sum = acc[r][0][v];
-            for (int c = 1; c < CHAINS; ++c) sum = _mm512_add_ps(sum, acc[r][c][v]);
-            float* to = sums + (r * V + v) * LANES;
-            _mm512_store_ps(to, first ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(to)));
+        const uint32_t* pairs = s.pairs + row * QUADS + s.first_quad;
+        const uint16_t* places = s.places + row * QUADS + s.first_quad;
+        const uint8_t* at = s.x + s.first_quad * quad_bytes(V);
+        for (int q = s.first_quad; q < s.end_quad; q += 4) {
+            unrolled<R>([&](auto r) __attribute__((always_inline)) {
+                const uint64_t place = load_word(places + r * QUADS);
+                const __m512i four =
+                    _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(pairs + r * QUADS)));
+                unrolled<4>([&](auto i) __attribute__((always_inline)) {
+                    const __m512i pair = _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(0x55 * i));
+                    const uint8_t* from = at + i * quad_bytes(V) + static_cast<uint16_t>(place >> 16 * i);
+                    unrolled<V>([&](auto v) __attribute__((always_inline)) {
+                        acc[r][i % CHAINS][v] = add_pairs_at(acc[r][i % CHAINS][v], pair, from + v * 64);
+                    });
+                });
+            });
+            pairs += 4;
+            places += 4;
+            at += 4 * quad_bytes(V);
+        }
+        float* to = s.sums + row * V * LANES;
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
+            const __m512 scale = _mm512_set1_ps(s.scales ? s.scales[(row + r) * s.scales_ld] : 1.0f);
+            unrolled<V>([&](auto v) __attribute__((always_inline)) {
+                __m512 sum = acc[r][0][v];
+                for (int c = 1; c < CHAINS; ++c) sum = _mm512_add_ps(sum, acc[r][c][v]);
+                float* p = to + (r * V + v) * LANES;
+                _mm512_store_ps(p, s.first ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(p)));
+            });
         });
-    });
+    }
 }
 
 // x of one block of rows: panels [pair of columns][16 V rows of x], padded with zeros to whole steps and vectors.
@@ -132,7 +180,7 @@ struct SkipX {
     int64_t depth;  // pairs per row, padded
 };
 
-// Pairs [p0, p1) of vector v of a panel.
+// Pairs [p0, p1) of a panel.
 template <int V>
 void pack_skip_x(const LinearArgs& a, int64_t m0, const SkipX& to, int64_t panel, int64_t p0, int64_t p1) {
     for (int v = 0; v < V; ++v) {
@@ -143,8 +191,7 @@ void pack_skip_x(const LinearArgs& a, int64_t m0, const SkipX& to, int64_t panel
             __m512i rows[LANES];
             const __mmask32 columns = a.k > 2 * p ? words_mask(a.k - 2 * p) : 0;
             for (int64_t i = 0; i < LANES; ++i)
-                rows[i] =
-                    i < count ? _mm512_maskz_loadu_epi16(columns, x + i * a.k + 2 * p) : _mm512_setzero_si512();
+                rows[i] = i < count ? _mm512_maskz_loadu_epi16(columns, x + i * a.k + 2 * p) : _mm512_setzero_si512();
             transpose_dwords(rows);
             for (int64_t i = 0; i < LANES; ++i) _mm512_store_si512(out + (p + i) * V * LANES, rows[i]);
         }
@@ -153,9 +200,9 @@ void pack_skip_x(const LinearArgs& a, int64_t m0, const SkipX& to, int64_t panel
 
 // The six pairs of each quad from its two pairs of columns.
 template <int V>
-LLMKERN_INLINE void choose_pairs(const uint32_t* pairs, int64_t quads, uint8_t* to) {
+LLMKERN_INLINE void choose_pairs(const uint32_t* pairs, int quads, uint8_t* to) {
     constexpr __mmask32 HIGH = 0xaaaaaaaa;
-    for (int64_t q = 0; q < quads; ++q) {
+    for (int q = 0; q < quads; ++q) {
         for (int v = 0; v < V; ++v) {
             const __m512i x01 = _mm512_load_si512(pairs + v * LANES), x23 = _mm512_load_si512(pairs + (V + v) * LANES);
             const __m512i x1 = _mm512_srli_epi32(x01, 16), x2 = _mm512_slli_epi32(x23, 16);
@@ -172,39 +219,43 @@ LLMKERN_INLINE void choose_pairs(const uint32_t* pairs, int64_t quads, uint8_t* 
     }
 }
 
-// What a task works in.
+// What a task works in, for tiles of up to `rows` rows, whole strips and vectors.
 template <int V>
 struct SkipMemory {
     uint8_t* x;
-    Strip<V>* strips;  // two
-    float* sums;       // [panel][row of the tile][16 V]
-    float* scales;     // [row of the tile][group], if they are not fp32
+    KeptTile tile;
+    float* sums;    // [panel][row of the tile][16 V]
+    float* scales;  // [row of the tile][group]
 
-    static size_t bytes(int64_t tile, int64_t panels, int64_t groups) {
-        return static_cast<size_t>(Carver::bytes<uint8_t>(x_block_columns(V) / 4 * quad_bytes(V)) +
-                                   Carver::bytes<Strip<V>>(2) + Carver::bytes<float>(panels * tile * V * LANES) +
-                                   Carver::bytes<float>(tile * groups));
+    static size_t bytes(int64_t rows, int64_t panels, int64_t groups) {
+        return static_cast<size_t>(Carver::bytes<uint8_t>(x_block_quads(V) * quad_bytes(V)) +
+                                   Carver::bytes<uint32_t>(rows * CHUNK_QUADS) +
+                                   Carver::bytes<uint16_t>(rows * CHUNK_QUADS) +
+                                   Carver::bytes<float>(panels * rows * V * LANES) +
+                                   Carver::bytes<float>(rows * groups));
     }
 
-    SkipMemory(void* memory, int64_t tile, int64_t panels, int64_t groups) {
+    SkipMemory(void* memory, int64_t rows, int64_t panels, int64_t groups) {
         Carver carve(memory);
-        x = carve.take<uint8_t>(x_block_columns(V) / 4 * quad_bytes(V));
-        strips = carve.take<Strip<V>>(2);
-        sums = carve.take<float>(panels * tile * V * LANES);
-        scales = carve.take<float>(tile * groups);
+        x = carve.take<uint8_t>(x_block_quads(V) * quad_bytes(V));
+        tile.pairs = carve.take<uint32_t>(rows * CHUNK_QUADS);
+        tile.places = carve.take<uint16_t>(rows * CHUNK_QUADS);
+        tile.rows = rows;
+        sums = carve.take<float>(panels * rows * V * LANES);
+        scales = carve.take<float>(rows * groups);
     }
 };
 
-// y[m0 .. m0 + x.rows, n0 .. n0 + rows) from the sums.
+// y[m0 .. m0 + x.rows, n0 .. n0 + rows) from the sums, panels sums_ld apart.
 template <int V>
-void write_skipped(const LinearArgs& a, const SkipX& x, int64_t m0, int64_t n0, int64_t rows, int64_t tile,
-                   const float* sums) {
+void write_skipped(const LinearArgs& a, const SkipX& x, int64_t m0, int64_t n0, int64_t rows, const float* sums,
+                   int64_t sums_ld) {
     auto* y = static_cast<uint16_t*>(a.y) + m0 * a.n + n0;
     for (int64_t r = 0; r < rows; r += TILE_LANES) {
         float bias[TILE_LANES] = {};
         if (a.bias) convert_row(bias, a.bias, a.bias_dtype, n0 + r, rows - r < TILE_LANES ? rows - r : TILE_LANES);
         for (int64_t m = 0; m < x.rows; m += LANES) {
-            const float* from = sums + (m / (V * LANES) * tile + r) * V * LANES + m % (V * LANES);
+            const float* from = sums + m / (V * LANES) * sums_ld + r * V * LANES + m % (V * LANES);
             __m512i low[LANES], high[LANES];
             for (int i = 0; i < LANES; ++i) low[i] = _mm512_load_si512(from + i * V * LANES);
             for (int i = 0; i < LANES; ++i) high[i] = _mm512_load_si512(from + (LANES + i) * V * LANES);
@@ -223,43 +274,40 @@ void write_skipped(const LinearArgs& a, const SkipX& x, int64_t m0, int64_t n0, 
 // y[m0 .. m0 + x.rows, n0 .. n0 + rows).
 template <Kept KEPT, int V>
 void skip_tile(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w, const SkipX& x, int64_t m0,
-               int64_t n0, int64_t rows, int64_t tile, const SkipMemory<V>& memory) {
+               int64_t n0, int64_t rows, const SkipMemory<V>& memory) {
     constexpr int COLUMNS = x_block_columns(V);
-    const int64_t groups = div_up(a.k, g.group_size), strips = div_up(rows, STRIP_ROWS);
-    const float* scales = nullptr;
-    if (g.scales && g.scales_dtype == DType::F32) {
-        scales = static_cast<const float*>(g.scales) + n0 * groups;
-    } else if (g.scales) {
-        convert_row(memory.scales, g.scales, g.scales_dtype, n0 * groups, rows * groups);
-        scales = memory.scales;
-    }
-    for (int64_t k0 = 0; k0 < a.k; k0 += COLUMNS) {
-        const int64_t k1 = k0 + COLUMNS < a.k ? k0 + COLUMNS : a.k;
-        for (int64_t panel = 0; panel < x.panels; ++panel) {
-            choose_pairs<V>(x.pairs + (panel * x.depth + k0 / 2) * V * LANES, round_up(div_up(k1 - k0, 4), 4), memory.x);
-            decode_strip<KEPT, V>(a, w, n0, k0, memory.strips[0]);
-            for (int64_t s = 0; s < strips; ++s) {
-                if (panel == 0) {
-                    const int64_t ahead = s + STRIPS_AHEAD;
-                    if (ahead < strips)
-                        ask_strip<KEPT, V>(a, w, n0 + ahead * STRIP_ROWS, k0);
-                    else
-                        ask_strip<KEPT, V>(a, w, n0 + (ahead - strips) * STRIP_ROWS, k0 + COLUMNS);
-                }
-                if (s + 1 < strips)
-                    decode_strip<KEPT, V>(a, w, n0 + (s + 1) * STRIP_ROWS, k0, memory.strips[(s + 1) % 2]);
-                float* sums = memory.sums + (panel * tile + s * STRIP_ROWS) * V * LANES;
+    const int64_t groups = div_up(a.k, g.group_size), sums_ld = memory.tile.rows * V * LANES;
+    if (g.scales) convert_row(memory.scales, g.scales, g.scales_dtype, n0 * groups, rows * groups);
+    const int64_t positions_ld = (a.k + 7) / 8;
+    KeptRows at{w.values + n0 * w.row_bytes, w.positions + n0 * positions_ld, w.row_bytes, positions_ld};
+    for (int64_t c0 = 0; c0 < a.k; c0 += CHUNK_COLUMNS) {
+        const int64_t c1 = c0 + CHUNK_COLUMNS < a.k ? c0 + CHUNK_COLUMNS : a.k;
+        decode_rows<KEPT, V>(at, rows, static_cast<int>(c1 - c0), memory.tile);
+        at.values += kept_bytes(KEPT, CHUNK_COLUMNS / 2);
+        at.positions += CHUNK_COLUMNS / 8;
+        AskAhead<KEPT> ahead(at, c1 < a.k ? rows : 0, CHUNK_COLUMNS / COLUMNS * x.panels * div_up(rows, strip_rows(V)));
+        for (int64_t k0 = c0; k0 < c1; k0 += COLUMNS) {
+            const int64_t k1 = k0 + COLUMNS < c1 ? k0 + COLUMNS : c1, block = (k0 - c0) / 4 * memory.tile.rows;
+            for (int64_t panel = 0; panel < x.panels; ++panel) {
+                choose_pairs<V>(x.pairs + (panel * x.depth + k0 / 2) * V * LANES,
+                                static_cast<int>(round_up(div_up(k1 - k0, 4), 4)), memory.x);
                 for_segments(g, k0, k1, [&](const Segment& part) __attribute__((always_inline)) {
-                    multiply_strip<V>(memory.strips[s % 2], memory.x,
-                                      static_cast<int>(part.first_pair - k0 / 2) / 2,
-                                      static_cast<int>(div_up(part.end_pair - k0 / 2, 2)),
-                                      scales ? scales + s * STRIP_ROWS * groups + part.group : nullptr, groups, sums,
-                                      part.first_pair == 0);
+                    const SkipStep step{memory.tile.pairs + block,
+                                        memory.tile.places + block,
+                                        rows,
+                                        memory.x,
+                                        static_cast<int>(part.first_pair - k0 / 2) / 2,
+                                        static_cast<int>(div_up(part.end_pair - k0 / 2, 2)),
+                                        g.scales ? memory.scales + part.group : nullptr,
+                                        groups,
+                                        memory.sums + panel * sums_ld,
+                                        part.first_pair == 0};
+                    multiply_tile<V>(step, ahead);
                 });
             }
         }
     }
-    write_skipped<V>(a, x, m0, n0, rows, tile, memory.sums);
+    write_skipped<V>(a, x, m0, n0, rows, memory.sums, sums_ld);
 }
 
 template <Kept KEPT, int V>
@@ -267,8 +315,8 @@ void run_skip_of(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<K
     const int threads = worth_threads(a);
     const int64_t groups = div_up(a.k, g.group_size), depth = round_up(a.k, STEP_COLUMNS) / 2;
     const int64_t most = div_up(block_rows, V * LANES);
-    const int64_t even = round_up(div_up(a.n, 2 * threads), TILE_LANES);
-    const int64_t tile = even < SKIP_TILE_ROWS ? even : SKIP_TILE_ROWS;
+    const int64_t even = round_up(div_up(a.n, 2 * threads), STRIPS_OF_ALL);
+    const int64_t tile = even < SKIP_TILE_ROWS ? even : SKIP_TILE_ROWS, tile_rows = round_up(tile, TILE_LANES);
     auto* packed = static_cast<uint32_t*>(
         scratch(Scratch::CALL, sizeof(uint32_t) * static_cast<size_t>(most * V * LANES * depth)));
     for (int64_t m0 = 0; m0 < a.m; m0 += block_rows) {
@@ -282,10 +330,10 @@ void run_skip_of(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<K
             }
         });
         parallel_for(div_up(a.n, tile), threads, [&](int64_t begin, int64_t end) {
-            const SkipMemory<V> memory(scratch(Scratch::TASK, SkipMemory<V>::bytes(tile, x.panels, groups)), tile,
-                                       x.panels, groups);
+            const SkipMemory<V> memory(scratch(Scratch::TASK, SkipMemory<V>::bytes(tile_rows, x.panels, groups)),
+                                       tile_rows, x.panels, groups);
             for (int64_t n0 = begin * tile; n0 < end * tile; n0 += tile)
-                skip_tile<KEPT, V>(a, g, w, x, m0, n0, a.n - n0 < tile ? a.n - n0 : tile, tile, memory);
+                skip_tile<KEPT, V>(a, g, w, x, m0, n0, a.n - n0 < tile ? a.n - n0 : tile, memory);
         });
     }
 }
