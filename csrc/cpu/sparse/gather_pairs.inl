@@ -6,8 +6,11 @@
 //
 // and one multiplication per row of x. Included inside namespace llmkern::LLMKERN_NS.
 
-// From how many rows on skip_pairs.inl is faster.
-constexpr int64_t GATHER_ROWS = 8;
+// For more rows of x than this skip_pairs.inl is faster.
+constexpr int64_t GATHER_ROWS = 12;
+// Rows of x, and rows of w, that are multiplied together: 16 sums, 8 registers of w and indices, one or two of x.
+constexpr int GATHER_PANEL = 4;
+constexpr int GATHER_TOGETHER = 4;
 // How far ahead of its reading a stream of values is asked for, in bytes.
 constexpr int64_t GATHER_AHEAD = 2048;
 // Sums start again from 0 after at most so many steps: the rounding error of a chain grows with its length.
@@ -30,9 +33,13 @@ struct GatherCall {
     const LinearArgs& a;
     const GroupArgs& g;
     const TwoOfFourPairs<KEPT>& w;
-    const uint16_t* x;  // [step][row of x][64], padded with zeros
+    const uint16_t* x;  // [panel][step][row of x][64], padded with zeros
+    int64_t panels;
+    int64_t ld;  // of a row of x
     int64_t groups;
     int64_t group_steps;  // steps that share a scale, or with one group that are added in a chain
+
+    int64_t panel_row(int64_t panel) const { return a.m * panel / panels; }
 };
 
 // sums[r][m] += the products of one step.
@@ -63,26 +70,31 @@ LLMKERN_INLINE __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm_add_ps(v[0], v[1]), _mm_add_ps(v[2], v[3]));
 }
 
-// Rows n, n + n_step, ... of w, far from each other so that the processor sees R long streams, times M rows of x.
+// Scales of rows n, n + n_step, ... of w: of row r from scales + r * ld, a group after the other.
+struct RowScales {
+    const float* scales;  // null: all are 1
+    int64_t ld;
+};
+
+template <int R>
+RowScales take_scales(const GroupArgs& g, int64_t groups, int64_t n, int64_t n_step, float* memory) {
+    if (!g.scales) return {nullptr, 0};
+    if (g.scales_dtype == DType::F32) return {static_cast<const float*>(g.scales) + n * groups, n_step * groups};
+    for (int r = 0; r < R; ++r)
+        convert_row(memory + r * groups, g.scales, g.scales_dtype, (n + r * n_step) * groups, groups);
+    return {memory, groups};
+}
+
+// Rows n, n + n_step, ... of w times the M rows of x from m0 on, which are a panel.
 template <Kept KEPT, int R, int M>
-void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float* scales) {
+void gather_panel(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, int64_t m0, const RowScales& scales) {
     const LinearArgs& a = call.a;
-    const GroupArgs& g = call.g;
     const int64_t row_positions = (a.k + 7) / 8;
     const int64_t values_ld = n_step * call.w.row_bytes, positions_ld = n_step * row_positions;
     const uint8_t* values = call.w.values + n * call.w.row_bytes;
     const uint8_t* positions = call.w.positions + n * row_positions;
-    const uint16_t* x = call.x;
-    const float* scale = nullptr;  // [r][group]
-    int64_t scale_ld = n_step * call.groups;
-    if (g.scales && g.scales_dtype == DType::F32) {
-        scale = static_cast<const float*>(g.scales) + n * call.groups;
-    } else if (g.scales) {
-        scale = scales;
-        scale_ld = call.groups;
-        for (int r = 0; r < R; ++r)
-            convert_row(scales + r * call.groups, g.scales, g.scales_dtype, (n + r * n_step) * call.groups, call.groups);
-    }
+    const uint16_t* x = call.x + m0 * call.ld;
+    const float* scale = scales.scales;
     const int64_t whole = a.k / STEP_COLUMNS;
     const int rest = static_cast<int>(a.k % STEP_COLUMNS);
     __m512 totals[R][M];
@@ -109,10 +121,10 @@ void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float*
             gather_step<KEPT, R, M>(last[0].values, sizeof last[0], last[0].positions, sizeof last[0], x, sums);
         }
         for (int r = 0; r < R; ++r) {
-            const __m512 by = _mm512_set1_ps(scale ? scale[r * scale_ld] : 1.0f);
+            const __m512 by = _mm512_set1_ps(scale ? scale[r * scales.ld] : 1.0f);
             for (int m = 0; m < M; ++m) totals[r][m] = _mm512_fmadd_ps(sums[r][m], by, totals[r][m]);
         }
-        if (call.groups > 1) ++scale;
+        if (scale) ++scale;
     }
 
     constexpr int COUNT = R * M;
@@ -125,38 +137,53 @@ void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float*
     }
     for (int r = 0; r < R; ++r) {
         const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n + r * n_step) : 0.0f;
-        for (int m = 0; m < M; ++m) store_one(a.y, DType::BF16, m * a.n + n + r * n_step, out[r * M + m] + bias);
+        for (int m = 0; m < M; ++m) store_one(a.y, DType::BF16, (m0 + m) * a.n + n + r * n_step, out[r * M + m] + bias);
     }
 }
 
-template <Kept KEPT, int M>
-void run_gather_of(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
-    constexpr int R = M <= 2 ? 4 : 2;
-    const int64_t steps = div_up(a.k, STEP_COLUMNS), groups = div_up(a.k, g.group_size);
-    auto* x = static_cast<uint16_t*>(scratch(Scratch::CALL, sizeof(uint16_t) * static_cast<size_t>(steps * M * STEP_COLUMNS)));
-    for (int64_t step = 0; step < steps; ++step)
-        for (int64_t m = 0; m < M; ++m)
-            for (int64_t c = 0; c < STEP_COLUMNS; c += 32) {
-                const int64_t k = step * STEP_COLUMNS + c;
-                const auto* from = static_cast<const uint16_t*>(a.x) + m * a.k + k;
-                _mm512_store_si512(x + (step * M + m) * STEP_COLUMNS + c,
-                                   _mm512_maskz_loadu_epi16(k < a.k ? words_mask(a.k - k) : 0, from));
-            }
-    const GatherCall<KEPT> call{a, g, w, x, groups, groups > 1 ? g.group_size / STEP_COLUMNS : GATHER_STEPS};
-    parallel_for(a.n, worth_threads(a), [&](int64_t begin, int64_t end) {
-        float* scales = scratch_floats(Scratch::TASK, static_cast<size_t>(R * groups));
-        const int64_t part = (end - begin) / R;
-        for (int64_t n = begin; n < begin + part; ++n) gather_rows<KEPT, R, M>(call, n, part, scales);
-        for (int64_t n = begin + R * part; n < end; ++n) gather_rows<KEPT, 1, M>(call, n, 0, scales);
-    });
+// A panel of `rows`, up to M.
+template <Kept KEPT, int R, int M = GATHER_PANEL>
+void gather_panel_of(int64_t rows, const GatherCall<KEPT>& call, int64_t n, int64_t n_step, int64_t m0,
+                     const RowScales& scales) {
+    if constexpr (M > 1)
+        if (rows < M) return gather_panel_of<KEPT, R, M - 1>(rows, call, n, n_step, m0, scales);
+    gather_panel<KEPT, R, M>(call, n, n_step, m0, scales);
 }
 
-// y = x @ wᵀ + bias for M or fewer rows of bf16 x. Groups are whole steps.
-template <Kept KEPT, int M = GATHER_ROWS>
+// R rows of w, far from each other so that the processor sees R long streams, times all rows of x.
+template <Kept KEPT, int R>
+void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float* memory) {
+    const RowScales scales = take_scales<R>(call.g, call.groups, n, n_step, memory);
+    for (int64_t panel = 0; panel < call.panels; ++panel) {
+        const int64_t m0 = call.panel_row(panel);
+        gather_panel_of<KEPT, R>(call.panel_row(panel + 1) - m0, call, n, n_step, m0, scales);
+    }
+}
+
+// y = x @ wᵀ + bias for few rows of bf16 x. Groups are whole steps.
+template <Kept KEPT>
 void run_gather_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
-    if constexpr (M > 1)
-        if (a.m < M) return run_gather_pairs<KEPT, M - 1>(a, g, w);
-    run_gather_of<KEPT, M>(a, g, w);
+    constexpr int R = GATHER_TOGETHER;
+    const int64_t ld = round_up(a.k, STEP_COLUMNS), groups = div_up(a.k, g.group_size);
+    auto* x = static_cast<uint16_t*>(scratch(Scratch::CALL, sizeof(uint16_t) * static_cast<size_t>(a.m * ld)));
+    const GatherCall<KEPT> call{
+        a, g, w, x, div_up(a.m, GATHER_PANEL), ld, groups, groups > 1 ? g.group_size / STEP_COLUMNS : GATHER_STEPS};
+    for (int64_t panel = 0; panel < call.panels; ++panel) {
+        const int64_t m0 = call.panel_row(panel), rows = call.panel_row(panel + 1) - m0;
+        for (int64_t m = 0; m < rows; ++m)
+            for (int64_t k = 0; k < ld; k += 32) {
+                const auto* from = static_cast<const uint16_t*>(a.x) + (m0 + m) * a.k + k;
+                const int64_t step = k / STEP_COLUMNS * rows + m;
+                _mm512_store_si512(x + m0 * ld + step * STEP_COLUMNS + k % STEP_COLUMNS,
+                                   _mm512_maskz_loadu_epi16(k < a.k ? words_mask(a.k - k) : 0, from));
+            }
+    }
+    parallel_for(a.n, worth_threads(a), [&](int64_t begin, int64_t end) {
+        float* memory = scratch_floats(Scratch::TASK, static_cast<size_t>(R * groups));
+        const int64_t part = (end - begin) / R;
+        for (int64_t n = begin; n < begin + part; ++n) gather_rows<KEPT, R>(call, n, part, memory);
+        for (int64_t n = begin + R * part; n < end; ++n) gather_rows<KEPT, 1>(call, n, 0, memory);
+    });
 }
 
 // False if the arguments are for another way.

@@ -91,25 +91,34 @@ class AskAhead {
 // `columns` columns of `rows` rows; up to the next whole strip the last row is repeated.
 template <Kept KEPT, int V>
 void decode_rows(const KeptRows& w, int64_t rows, int columns, const KeptTile& to) {
-    constexpr int QUADS = x_block_quads(V), BLOCK_STEPS = x_block_columns(V) / STEP_COLUMNS;
+    constexpr int QUADS = x_block_quads(V), BLOCK_STEPS = QUADS / STEP_QUADS;
     const int steps = columns / STEP_COLUMNS, rest = columns % STEP_COLUMNS;
+    const int64_t block = to.rows * QUADS;
+    const auto place = [&](int step) __attribute__((always_inline)) {
+        return step / BLOCK_STEPS * block + step % BLOCK_STEPS * STEP_QUADS;
+    };
     for (int64_t r = 0; r < round_up(rows, strip_rows(V)); ++r) {
         const int64_t row = r < rows ? r : rows - 1;
         const uint8_t* values = w.values + row * w.values_ld;
         const uint8_t* positions = w.positions + row * w.positions_ld;
+        uint32_t* pairs = to.pairs + r * QUADS;
+        uint16_t* places = to.places + r * QUADS;
+        for (int64_t i = 0; i < kept_bytes(KEPT, CHUNK_COLUMNS / 2); i += 64)
+            prefetch(values + SKIP_ROWS_AHEAD * w.values_ld + i);
         prefetch(positions + SKIP_ROWS_AHEAD * w.positions_ld);
-        for (int i = 0; i < steps + (rest > 0); ++i) {
-            const int64_t at = (i / BLOCK_STEPS * to.rows + r) * QUADS + i % BLOCK_STEPS * STEP_QUADS;
-            if (i < steps) {
-                prefetch(values + SKIP_ROWS_AHEAD * w.values_ld);
-                decode_step<KEPT, V>(values, positions, to.pairs + at, to.places + at);
-            } else {
+        const auto step = [&](int i) __attribute__((always_inline)) {
+            decode_step<KEPT, V>(values + i * STEP_VALUES<KEPT>, positions + i * STEP_POSITIONS, pairs + place(i),
+                                 places + place(i));
+        };
+        if (columns == CHUNK_COLUMNS) {
+            unrolled<CHUNK_COLUMNS / STEP_COLUMNS>(step);
+        } else {
+            for (int i = 0; i < steps; ++i) step(i);
+            if (rest) {
                 LastStep<KEPT> last;
-                last.take(values, positions, rest);
-                decode_step<KEPT, V>(last.values, last.positions, to.pairs + at, to.places + at);
+                last.take(values + steps * STEP_VALUES<KEPT>, positions + steps * STEP_POSITIONS, rest);
+                decode_step<KEPT, V>(last.values, last.positions, pairs + place(steps), places + place(steps));
             }
-            values += STEP_VALUES<KEPT>;
-            positions += STEP_POSITIONS;
         }
     }
 }
