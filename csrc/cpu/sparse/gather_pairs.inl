@@ -16,15 +16,19 @@ constexpr int64_t GATHER_AHEAD = 2048;
 // Sums start again from 0 after at most so many steps: the rounding error of a chain grows with its length.
 constexpr int64_t GATHER_STEPS = 64;
 
+// Word i: where its field begins, and the first column of its quad.
+alignas(64) inline constexpr uint16_t GATHER_FIELDS[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                           22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                           44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+alignas(64) inline constexpr uint16_t GATHER_QUADS[32] = {0,  0,  4,  4,  8,  8,  12, 12, 16, 16, 20,
+                                                          20, 24, 24, 28, 28, 32, 32, 36, 36, 40, 40,
+                                                          44, 44, 48, 48, 52, 52, 56, 56, 60, 60};
+
 LLMKERN_INLINE __m512i gather_index(const uint8_t* positions) {
     const __m512i fields = _mm512_set1_epi64(static_cast<int64_t>(load_word(positions)));
-    // Word i: the field at bit 2 i; and the first column of its quad.
-    const __m512i shifts = _mm512_setr_epi64(0x0006000400020000, 0x000e000c000a0008, 0x0016001400120010, 0x001e001c001a0018,
-                                             0x0026002400220020, 0x002e002c002a0028, 0x0036003400320030, 0x003e003c003a0038);
-    const __m512i quads = _mm512_setr_epi64(0x0004000400000000, 0x000c000c00080008, 0x0014001400100010, 0x001c001c00180018,
-                                            0x0024002400200020, 0x002c002c00280028, 0x0034003400300030, 0x003c003c00380038);
-    const __m512i shifted = _mm512_multishift_epi64_epi8(shifts, fields);
-    return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x00030003), quads, 0xea);  // shifted & 3 | quads
+    const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(GATHER_FIELDS), fields);
+    const __m512i field = _mm512_set1_epi32(0x00030003), quads = _mm512_load_si512(GATHER_QUADS);
+    return _mm512_ternarylogic_epi32(shifted, field, quads, 0xea);  // shifted & field | quads
 }
 
 // What the rows of one call share.

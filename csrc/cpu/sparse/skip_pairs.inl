@@ -6,7 +6,8 @@
 //   x block, in L1 while the rows of a tile of w pass it:  [quad][01 02 03 12 13 23][V vectors of 16 rows of x]
 //   tile, in L2, the same columns of rows of w:            [row][quad] the kept pair, and where its x is in the quad
 //
-//        kept pair, place --> one broadcast, V multiplications with x[quad][place]     V sums of a row of w in registers
+//        kept pair, place --> one broadcast, V multiplications with x[quad][place]     V sums of a row of w in
+//        registers
 //
 // Loads are the limit, two per cycle: V of them are operands of multiplications, and pairs and places are loaded for
 // four quads at once. Included inside namespace llmkern::LLMKERN_NS.
@@ -30,12 +31,9 @@ constexpr int x_block_quads(int vectors) { return x_block_columns(vectors) / 4; 
 constexpr int strip_rows(int vectors) { return vectors <= 2 ? 8 : 6; }
 constexpr int64_t STRIPS_OF_ALL = 24;  // a multiple of each
 
-// The place of a pair in a quad by its nibble of positions, p0 | p1 << 2.
-template <int V>
-LLMKERN_INLINE __m512i place_table() {
-    constexpr int P = 64 * V;
-    return _mm512_setr_epi32(0, 0, P, 2 * P, 0, 0, 3 * P, 4 * P, P, 3 * P, 0, 5 * P, 2 * P, 4 * P, 5 * P, 0);
-}
+// The place of a pair in a quad, in vectors, by its nibble of positions, p0 | p1 << 2. Where each nibble begins.
+alignas(64) inline constexpr int32_t PAIR_PLACES[16] = {0, 0, 1, 2, 0, 0, 3, 4, 1, 3, 0, 5, 2, 4, 5, 0};
+alignas(64) inline constexpr int32_t QUAD_NIBBLES[16] = {0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60};
 
 // Rows of w in a chunk of columns: long runs of each row, for rows are often a page or more apart.
 struct KeptTile {
@@ -48,10 +46,10 @@ template <Kept KEPT, int V>
 LLMKERN_INLINE void decode_step(const uint8_t* values, const uint8_t* positions, uint32_t* pairs, uint16_t* places) {
     _mm512_store_si512(pairs, kept_words<KEPT>(values));
     const __m512i nibbles = _mm512_set1_epi64(static_cast<int64_t>(load_word(positions)));
-    const __m512i shifts =
-        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
-    const __m512i index = _mm512_multishift_epi64_epi8(shifts, nibbles);  // the look-up reads its low four bits
-    const __m512i found = _mm512_permutexvar_epi32(index, place_table<V>());
+    // The look-up reads the low four bits of a lane.
+    const __m512i index = _mm512_multishift_epi64_epi8(_mm512_load_si512(QUAD_NIBBLES), nibbles);
+    const __m512i bytes = _mm512_mullo_epi32(_mm512_load_si512(PAIR_PLACES), _mm512_set1_epi32(64 * V));
+    const __m512i found = _mm512_permutexvar_epi32(index, bytes);
     _mm256_store_si256(reinterpret_cast<__m256i*>(places), _mm512_cvtepi32_epi16(found));
 }
 
@@ -67,8 +65,12 @@ template <Kept KEPT>
 class AskAhead {
   public:
     AskAhead(const KeptRows& w, int64_t rows, int64_t strips)
-        : values_(w.values), positions_(w.positions), values_ld_(w.values_ld), positions_ld_(w.positions_ld),
-          left_(rows * LINES), at_once_(div_up(rows * LINES, strips)) {}
+        : values_(w.values),
+          positions_(w.positions),
+          values_ld_(w.values_ld),
+          positions_ld_(w.positions_ld),
+          left_(rows * LINES),
+          at_once_(div_up(rows * LINES, strips)) {}
 
     LLMKERN_INLINE_MEMBER void ask() {
         for (int64_t i = 0; i < at_once_ && left_ > 0; ++i, --left_) {
@@ -125,7 +127,7 @@ void decode_rows(const KeptRows& w, int64_t rows, int columns, const KeptTile& t
 
 // What a multiplication of a tile's rows with a block of x gets.
 struct SkipStep {
-    const uint32_t* pairs;   // of the tile in the block
+    const uint32_t* pairs;  // of the tile in the block
     const uint16_t* places;
     int64_t rows;
     const uint8_t* x;
@@ -176,7 +178,8 @@ void multiply_tile(const SkipStep& s, Ahead& ahead) {
                 __m512 sum = acc[r][0][v];
                 for (int c = 1; c < CHAINS; ++c) sum = _mm512_add_ps(sum, acc[r][c][v]);
                 float* p = to + (r * V + v) * LANES;
-                _mm512_store_ps(p, s.first ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(p)));
+                _mm512_store_ps(p,
+                                s.first ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(p)));
             });
         });
     }
@@ -237,11 +240,10 @@ struct SkipMemory {
     float* scales;  // [row of the tile][group]
 
     static size_t bytes(int64_t rows, int64_t panels, int64_t groups) {
-        return static_cast<size_t>(Carver::bytes<uint8_t>(x_block_quads(V) * quad_bytes(V)) +
-                                   Carver::bytes<uint32_t>(rows * CHUNK_QUADS) +
-                                   Carver::bytes<uint16_t>(rows * CHUNK_QUADS) +
-                                   Carver::bytes<float>(panels * rows * V * LANES) +
-                                   Carver::bytes<float>(rows * groups));
+        return static_cast<size_t>(
+            Carver::bytes<uint8_t>(x_block_quads(V) * quad_bytes(V)) + Carver::bytes<uint32_t>(rows * CHUNK_QUADS) +
+            Carver::bytes<uint16_t>(rows * CHUNK_QUADS) + Carver::bytes<float>(panels * rows * V * LANES) +
+            Carver::bytes<float>(rows * groups));
     }
 
     SkipMemory(void* memory, int64_t rows, int64_t panels, int64_t groups) {
