@@ -6,8 +6,6 @@
 //
 // and one multiplication per row of x. Included inside namespace llmkern::LLMKERN_NS.
 
-// For more rows of x than this skip_pairs.inl is faster.
-constexpr int64_t GATHER_ROWS = 12;
 // Rows of x, and rows of w, that are multiplied together: 16 sums, 8 registers of w and indices, one or two of x.
 constexpr int GATHER_PANEL = 4;
 constexpr int GATHER_TOGETHER = 4;
@@ -188,18 +186,4 @@ void run_gather_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPa
         for (int64_t n = begin; n < begin + part; ++n) gather_rows<KEPT, R>(call, n, part, memory);
         for (int64_t n = begin + R * part; n < end; ++n) gather_rows<KEPT, 1>(call, n, 0, memory);
     });
-}
-
-// False if the arguments are for another way.
-template <Kept KEPT>
-bool run_kept_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
-    if (a.x_dtype != DType::BF16 || a.m == 0 || a.k == 0 || !fast_bf16_products()) return false;
-    const auto groups_of = [&](int columns) { return g.group_size % columns == 0 || g.group_size >= a.k; };
-    if (a.m <= GATHER_ROWS && groups_of(STEP_COLUMNS))
-        run_gather_pairs(a, g, w);
-    else if (a.m > GATHER_ROWS && groups_of(16))
-        run_skip_pairs(a, g, w);
-    else
-        return false;
-    return true;
 }

@@ -18,11 +18,7 @@ namespace {
 #endif
 
 #ifdef LLMKERN_KEPT_PAIRS
-#include "cpu/sparse/kept_words.inl"
-
-#include "cpu/sparse/skip_pairs.inl"
-
-#include "cpu/sparse/gather_pairs.inl"
+#include "cpu/sparse/kept_pairs.inl"
 #endif
 
 template <Order ORDER>
