@@ -10,7 +10,7 @@
 constexpr int GATHER_PANEL = 4;
 constexpr int GATHER_TOGETHER = 4;
 // How far ahead of its reading a stream of values is asked for, in bytes.
-constexpr int64_t GATHER_AHEAD = 2048;
+constexpr int64_t GATHER_AHEAD = 1024;
 // Sums start again from 0 after at most so many steps: the rounding error of a chain grows with its length.
 constexpr int64_t GATHER_STEPS = 64;
 
