@@ -82,13 +82,14 @@ def test_every_number_of_rows(op: str, row: str, generator: torch.Generator) -> 
 
 
 @pytest.mark.of_ops("sparse24_linear", "sparse24_int4_linear", "bitmask_linear")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.usefixtures("poisoned")
-def test_many_rows_of_sparse_products(op: str, row: str, generator: torch.Generator) -> None:
+def test_many_rows_of_sparse_products(op: str, row: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Every width of a panel of x, K that ends anywhere in a block, groups that cross blocks, rows without values."""
     cases = [case for case in CASES[op] if case.k in (75, 260, 301, 2085)]
     for at, m in enumerate((31, 33, 41, 49, 57, 63, 64, 66, 97, 130, 513)):
         for case in cases[at % 2 :: 2]:
-            x, bias = torch.randn((m, case.k), generator=generator), make_bias(case, generator)
+            x, bias = torch.randn((m, case.k), generator=generator).to(dtype), make_bias(case, generator)
             with forced(row):
                 y = OPS[op](*case.args(x, bias))
             testing.assert_within(y, *expected(case, x, bias), f"{op} on {row}, {case}, M={m}")

@@ -20,6 +20,12 @@ LLMKERN_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
     return sum;
 }
 
+// The same for b in memory, aligned: the instruction reads it, so that it takes no register.
+LLMKERN_INLINE __m512 add_pairs_at(__m512 sum, __m512i a, const void* b) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*static_cast<const __m512i*>(b)));
+    return sum;
+}
+
 // The same values: what comes next must take them from a register.
 LLMKERN_INLINE __m512i in_register(__m512i values) {
     __asm__("" : "+v"(values));

@@ -117,6 +117,12 @@ EMULATED Vector look_up(Index index, Vector table) {
     return make<Vector, T>([&](int i) { return x[at[i] & static_cast<I>(sizeof(Vector) / sizeof(T) - 1)]; });
 }
 
+// Words of two registers, a below b, by the low six bits of the index.
+EMULATED __m512i look_up_words(__m512i a, __m512i index, __m512i b) {
+    const auto at = lanes<uint16_t>(index), x = lanes<uint16_t>(a), y = lanes<uint16_t>(b);
+    return make<__m512i, uint16_t>([&](int i) { return at[i] & 32 ? y[at[i] & 31] : x[at[i] & 31]; });
+}
+
 // Within each 128-bit part: x0 y0 x1 y1 of its low or high half.
 template <class T>
 EMULATED __m512i interleave(__m512i a, __m512i b, bool high) {
@@ -163,6 +169,11 @@ EMULATED __m512i shuffle_parts(__m512i a, __m512i b, int order) {
         const int from = (order >> i / 4 * 2 & 3) * 4 + i % 4;
         return i < 8 ? x[from] : y[from];
     });
+}
+
+EMULATED __m512i shuffle_dwords(__m512i a, int order) {
+    const auto x = lanes<int32_t>(a);
+    return make<__m512i, int32_t>([&](int i) { return x[i / 4 * 4 + (order >> i % 4 * 2 & 3)]; });
 }
 
 EMULATED __m512i multishift(__m512i shifts, __m512i from) {
@@ -347,6 +358,10 @@ EMULATED __m512i mask_or(__m512i other, uint64_t mask, __m512i a, __m512i b) {
     const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b), o = lanes<uint32_t>(other);
     return make<__m512i, uint32_t>([&](int i) { return bit(mask, i) ? x[i] | y[i] : o[i]; });
 }
+EMULATED __m512i blend_words(uint64_t mask, __m512i no, __m512i yes) {
+    const auto x = lanes<uint16_t>(no), y = lanes<uint16_t>(yes);
+    return make<__m512i, uint16_t>([&](int i) { return bit(mask, i) ? y[i] : x[i]; });
+}
 EMULATED __m512 blend(uint64_t mask, __m512 no, __m512 yes) {
     const auto x = lanes<float>(no), y = lanes<float>(yes);
     return make<__m512, float>([&](int i) { return bit(mask, i) ? y[i] : x[i]; });
@@ -406,9 +421,11 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_broadcast_i32x4 emulate::broadcast
 
 #define _mm512_loadu_ps emulate::load<__m512>
+#define _mm512_load_ps emulate::load_aligned<__m512>
 #define _mm512_loadu_si512 emulate::load<__m512i>
 #define _mm512_load_si512 emulate::load_aligned<__m512i>
 #define _mm512_storeu_ps emulate::store<__m512>
+#define _mm512_store_ps emulate::store_aligned<__m512>
 #define _mm512_storeu_si512 emulate::store<__m512i>
 #define _mm512_store_si512 emulate::store_aligned<__m512i>
 #define _mm512_maskz_loadu_ps emulate::masked_load<__m512, float>
@@ -424,10 +441,13 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_castsi256_si512 emulate::widen_256
 #define _mm512_castsi512_si256(v) emulate::part_of<__m256i>(v, 0)
 #define _mm512_castsi512_si128(v) emulate::part_of<__m128i>(v, 0)
+#define _mm512_castps512_ps256(v) emulate::part_of<__m256>(v, 0)
 #undef _mm512_extracti64x4_epi64
 #undef _mm512_extracti32x4_epi32
+#undef _mm512_extractf32x8_ps
 #define _mm512_extracti64x4_epi64 emulate::part_of<__m256i>
 #define _mm512_extracti32x4_epi32 emulate::part_of<__m128i>
+#define _mm512_extractf32x8_ps emulate::part_of<__m256>
 #define _mm512_cvtss_f32(v) emulate::part_of<float>(v, 0)
 
 #define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
@@ -460,9 +480,12 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_shuffle_i32x4 emulate::shuffle_parts
 #define _mm512_shuffle_epi8(table, index) emulate::shuffle_bytes(table, ~uint64_t{0}, table, index)
 #define _mm512_mask_shuffle_epi8 emulate::shuffle_bytes
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32 emulate::shuffle_dwords
 #define _mm512_permutexvar_ps emulate::look_up<__m512, float, uint32_t, __m512i>
 #define _mm512_permutexvar_epi16 emulate::look_up<__m512i, uint16_t, uint16_t, __m512i>
 #define _mm512_permutexvar_epi32 emulate::look_up<__m512i, uint32_t, uint32_t, __m512i>
+#define _mm512_permutex2var_epi16 emulate::look_up_words
 #define _mm512_multishift_epi64_epi8 emulate::multishift
 #define _mm512_maskz_expand_ps(mask, from) emulate::expand<__m512, float>(__m512{}, mask, from)
 #define _mm512_maskz_expand_epi8(mask, from) emulate::expand<__m512i, uint8_t>(__m512i{}, mask, from)
@@ -472,6 +495,7 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_cvtepi8_epi32 emulate::convert<int32_t, int8_t, __m128i>
 #define _mm512_cvtepu8_epi32 emulate::convert<int32_t, uint8_t, __m128i>
 #define _mm512_cvtepu16_epi32 emulate::convert<int32_t, uint16_t, __m256i>
+#define _mm512_cvtepu16_epi64 emulate::convert<int64_t, uint16_t, __m128i>
 #define _mm512_cvtepi32_epi8 emulate::to_bytes
 #define _mm512_cvtepi32_epi16 emulate::to_words
 #define _mm512_cvtepi32_ps emulate::to_float
@@ -496,6 +520,7 @@ EMULATED __m256i to_words(__m512i v) {
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask emulate::compare
 #define _mm512_mask_blend_ps emulate::blend
+#define _mm512_mask_blend_epi16 emulate::blend_words
 #undef _mm512_i32gather_ps
 #define _mm512_i32gather_ps emulate::gather
 #define _mm512_dpbf16_ps(sum, a, b) emulate::add_pair_products(sum, (__m512i)(a), (__m512i)(b))
