@@ -106,8 +106,8 @@ void arrange_pairs(const LinearArgs& a, int64_t m, int64_t i, int64_t rows, cons
             _mm512_storeu_si512(words + ((step * PARTS + part) * rows + i) * 32, v);
             if (sums) {
                 const __m512i high = _mm512_and_si512(v, _mm512_set1_epi32(-65536));
-                sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
-                                                       _mm512_castsi512_ps(high)));
+                sum = _mm512_add_ps(
+                    sum, _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_castsi512_ps(high)));
             }
         }
         if (sums) _mm512_storeu_ps(sums + (step * rows + i) * LANES, sum);
@@ -191,8 +191,7 @@ void stream_pairs(const PairCall<Pairs>& call, int64_t n, int64_t n_step, int64_
             unrolled<R>([&](auto r) __attribute__((always_inline)) {
                 const __m512 zero = of_lanes(s.zeros + r * s.ld);
                 unrolled<M>([&](auto m) __attribute__((always_inline)) {
-                    sums[r * M + m][0] =
-                        _mm512_fmadd_ps(zero, _mm512_loadu_ps(x_sums + m * LANES), sums[r * M + m][0]);
+                    sums[r * M + m][0] = _mm512_fmadd_ps(zero, _mm512_loadu_ps(x_sums + m * LANES), sums[r * M + m][0]);
                 });
             });
             x_sums += M * LANES;
@@ -293,7 +292,8 @@ void stream_all(const PairCall<Pairs>& call) {
                 for (int64_t j = values; j < values + LANES; ++j) scale[j] = zero[j] = 0;
             }
         };
-        // Panel by panel, so that one of x stays in the inner cache while `taken` times R rows of w wait in the outer one.
+        // Panel by panel, so that one of x stays in the inner cache while `taken` times R rows of w wait in the outer
+        // one.
         const auto rows = [&](auto r, int64_t n, int64_t n_step, int64_t taken) {
             take(n, n_step, taken, r);
             for (int64_t panel = 0; panel < call.x.panels; ++panel) {

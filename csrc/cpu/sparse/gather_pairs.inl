@@ -6,9 +6,10 @@
 //
 // and one multiplication per row of x. Included inside namespace llmkern::LLMKERN_NS.
 
-// Rows of x, and rows of w, that are multiplied together: 16 sums, 8 registers of w and indices, one or two of x.
+// Rows of x that are multiplied together, and with how many rows of w: sums, totals, w and indices, and two registers
+// of x. Of several panels each reads w again, but from a cache.
 constexpr int GATHER_PANEL = 4;
-constexpr int GATHER_TOGETHER = 4;
+constexpr int gather_together(int64_t m) { return m <= 2 ? 4 : m <= GATHER_PANEL ? 2 : 3; }
 // How far ahead of its reading a stream of values is asked for, in bytes.
 constexpr int64_t GATHER_AHEAD = 1024;
 // Sums start again from 0 after at most so many steps: the rounding error of a chain grows with its length.
@@ -107,14 +108,21 @@ void gather_panel(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, int64
         for (int r = 0; r < R; ++r)
             for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
         const int64_t end = step + call.group_steps;
-        for (const int64_t stop = end < whole ? end : whole; step < stop; ++step) {
-            for (int r = 0; r < R; ++r) prefetch(values + r * values_ld + GATHER_AHEAD);
-            for (int r = 0; r < R; ++r)
-                prefetch(positions + r * positions_ld + GATHER_AHEAD * STEP_POSITIONS / STEP_VALUES<KEPT>);
+        const auto next = [&]() __attribute__((always_inline)) {
             gather_step<KEPT, R, M>(values, values_ld, positions, positions_ld, x, sums);
             values += STEP_VALUES<KEPT>;
             positions += STEP_POSITIONS;
             x += M * STEP_COLUMNS;
+            ++step;
+        };
+        for (const int64_t stop = end < whole ? end : whole; step < stop;) {
+            for (int r = 0; r < R; ++r)
+                for (int line = 0; line < 2 * STEP_VALUES<KEPT>; line += 64)
+                    prefetch(values + r * values_ld + GATHER_AHEAD + line);
+            for (int r = 0; r < R; ++r)
+                prefetch(positions + r * positions_ld + GATHER_AHEAD * STEP_POSITIONS / STEP_VALUES<KEPT>);
+            next();
+            if (step < stop) next();
         }
         if (step < end && rest) {
             ++step;
@@ -162,10 +170,19 @@ void gather_rows(const GatherCall<KEPT>& call, int64_t n, int64_t n_step, float*
     }
 }
 
+template <Kept KEPT, int R>
+void run_gather_rows(const GatherCall<KEPT>& call) {
+    parallel_for(call.a.n, worth_threads(call.a), [&](int64_t begin, int64_t end) {
+        float* memory = scratch_floats(Scratch::TASK, static_cast<size_t>(R * call.groups));
+        const int64_t part = (end - begin) / R;
+        for (int64_t n = begin; n < begin + part; ++n) gather_rows<KEPT, R>(call, n, part, memory);
+        for (int64_t n = begin + R * part; n < end; ++n) gather_rows<KEPT, 1>(call, n, 0, memory);
+    });
+}
+
 // y = x @ wᵀ + bias for few rows of bf16 x. Groups are whole steps.
 template <Kept KEPT>
 void run_gather_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPairs<KEPT>& w) {
-    constexpr int R = GATHER_TOGETHER;
     const int64_t ld = round_up(a.k, STEP_COLUMNS), groups = div_up(a.k, g.group_size);
     auto* x = static_cast<uint16_t*>(scratch(Scratch::CALL, sizeof(uint16_t) * static_cast<size_t>(a.m * ld)));
     const GatherCall<KEPT> call{
@@ -180,10 +197,12 @@ void run_gather_pairs(const LinearArgs& a, const GroupArgs& g, const TwoOfFourPa
                                    _mm512_maskz_loadu_epi16(k < a.k ? words_mask(a.k - k) : 0, from));
             }
     }
-    parallel_for(a.n, worth_threads(a), [&](int64_t begin, int64_t end) {
-        float* memory = scratch_floats(Scratch::TASK, static_cast<size_t>(R * groups));
-        const int64_t part = (end - begin) / R;
-        for (int64_t n = begin; n < begin + part; ++n) gather_rows<KEPT, R>(call, n, part, memory);
-        for (int64_t n = begin + R * part; n < end; ++n) gather_rows<KEPT, 1>(call, n, 0, memory);
-    });
+    switch (gather_together(a.m)) {
+        case 2:
+            return run_gather_rows<KEPT, 2>(call);
+        case 3:
+            return run_gather_rows<KEPT, 3>(call);
+        default:
+            return run_gather_rows<KEPT, 4>(call);
+    }
 }
