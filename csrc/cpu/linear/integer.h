@@ -11,8 +11,10 @@ namespace llmkern::LLMKERN_NS {
 #include "cpu/linear/integer.inl"
 
 #ifdef LLMKERN_BYTE_DOT
-#ifdef LLMKERN_QUAD_DOT
+#if defined(LLMKERN_QUAD_DOT)
 #include "cpu/linear/integer_quad.inl"
+#elif defined(LLMKERN_WIDE_QUADS)
+#include "cpu/linear/integer_quad_wide.inl"
 #else
 #include "cpu/linear/integer_fast.inl"
 #endif
