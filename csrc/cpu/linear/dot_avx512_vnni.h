@@ -49,8 +49,17 @@ LLMKERN_INLINE void transpose_dwords(const __m512i (&s)[16], __m512i (&d)[16]) {
 
 // ---- few rows of x: registers of four 128-bit parts, see integer_quad_wide.inl ----
 
-using ByteMask = __mmask64;
-LLMKERN_INLINE ByteMask first_bytes(int64_t n) { return ~ByteMask{0} >> (64 - n); }  // 1 to 64
+// p + step, now: GCC would keep the distances of all that is read in registers, of which there are not as many.
+LLMKERN_INLINE const uint8_t* next_address(const uint8_t* p, int64_t step) {
+    p += step;
+    __asm__("" : "+r"(p));
+    return p;
+}
+
+// `count` bytes, 1 to 63, and zeros up to 64.
+LLMKERN_INLINE void copy_part(const uint8_t* from, int64_t count, uint8_t* to) {
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8((__mmask64{1} << count) - 1, from));
+}
 
 LLMKERN_INLINE F32 as_floats(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
 LLMKERN_INLINE I32 as_dwords(F32 x) { return {_mm512_castps_si512(x.v)}; }
@@ -65,7 +74,7 @@ LLMKERN_INLINE F32 shuffle_parts(F32 a, F32 b) {
     return as_floats(shuffle_parts<PARTS>(as_dwords(a), as_dwords(b)));
 }
 
-LLMKERN_INLINE I32 in_first_lane(int32_t x) { return {_mm512_zextsi128_si512(_mm_cvtsi32_si128(x))}; }
+LLMKERN_INLINE I32 load_in_first_lane(const int32_t* p) { return {load_dword(p)}; }
 LLMKERN_INLINE I32 load_in_first_part(const int32_t* p) {
     return {_mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -141,8 +150,8 @@ struct Dot4 {
     struct Weights {
         __m512i low, high;
     };
-    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p, ByteMask mask) {
-        const __m512i bytes = _mm512_maskz_loadu_epi8(mask, p), nibble = _mm512_set1_epi8(15);
+    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p) {
+        const __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
         return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
     }
     static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
@@ -172,8 +181,8 @@ struct Dot8 {
     struct Weights {
         __m512i codes;
     };
-    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p, ByteMask mask) {
-        return {_mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), _mm512_set1_epi8(-128))};
+    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p) {
+        return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
     }
     static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
         sum.v = add_products(sum.v, w.codes, _mm512_loadu_si512(x));
