@@ -86,17 +86,19 @@ LLMKERN_INLINE I32 load_in_halves(const int32_t* p) {
     const I32 both{_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     return shuffle_parts<0x50>(both, both);
 }
-LLMKERN_INLINE F32 load_in_parts(const float* p) { return as_floats(load_in_parts(reinterpret_cast<const int32_t*>(p))); }
+LLMKERN_INLINE F32 load_in_parts(const float* p) {
+    return as_floats(load_in_parts(reinterpret_cast<const int32_t*>(p)));
+}
 LLMKERN_INLINE F32 load_in_halves(const float* p) {
     return as_floats(load_in_halves(reinterpret_cast<const int32_t*>(p)));
 }
 
 // Lane r of a part: the sum of that part of rows[r].
 LLMKERN_INLINE I32 sums_of_rows(const I32 (&rows)[4]) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0].v, rows[1].v),
-                                       _mm512_unpackhi_epi32(rows[0].v, rows[1].v));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2].v, rows[3].v),
-                                       _mm512_unpackhi_epi32(rows[2].v, rows[3].v));
+    const __m512i a =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0].v, rows[1].v), _mm512_unpackhi_epi32(rows[0].v, rows[1].v));
+    const __m512i b =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2].v, rows[3].v), _mm512_unpackhi_epi32(rows[2].v, rows[3].v));
     return {_mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))};
 }
 
@@ -146,6 +148,7 @@ LLMKERN_INLINE I32 code_sums(const int8_t* codes) {
 struct Dot4 {
     static constexpr bool FAST = true;
     static constexpr int BYTES = 64, COLUMNS = 128, OFFSET = 8;
+    static constexpr int64_t STREAM_ROWS = 8;
 
     struct Weights {
         __m512i low, high;
@@ -163,11 +166,13 @@ struct Dot4 {
 
     // The even columns, then the odd ones.
     static LLMKERN_INLINE_MEMBER void arrange(const int8_t* from, int8_t* to) {
-        const __m512i even_odd = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+        const __m512i even_odd =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
         const __m512i halves = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
         I32 half[2];
         for (int i = 0; i < 2; ++i)
-            half[i].v = _mm512_permutexvar_epi32(halves, _mm512_shuffle_epi8(_mm512_loadu_si512(from + 64 * i), even_odd));
+            half[i].v =
+                _mm512_permutexvar_epi32(halves, _mm512_shuffle_epi8(_mm512_loadu_si512(from + 64 * i), even_odd));
         _mm512_storeu_si512(to, shuffle_parts<0x44>(half[0], half[1]).v);
         _mm512_storeu_si512(to + 64, shuffle_parts<0xee>(half[0], half[1]).v);
     }
@@ -177,6 +182,7 @@ struct Dot4 {
 struct Dot8 {
     static constexpr bool FAST = true;
     static constexpr int BYTES = 64, COLUMNS = 64, OFFSET = 128;
+    static constexpr int64_t STREAM_ROWS = 16;
 
     struct Weights {
         __m512i codes;

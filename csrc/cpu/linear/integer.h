@@ -36,7 +36,9 @@ void run_integer(const LinearArgs& a, const GroupArgs& groups, int64_t x_group, 
 #endif
 #ifdef LLMKERN_BYTE_DOT
     if constexpr (Rows::Tile::FAST)
-        if ((a.m > INTEGER_STREAM_ROWS || !Rows::Dot::FAST) && run_tiles(a, groups, x_group, weight, threads)) return;
+        if ((!Rows::Dot::FAST || a.m > STREAM_ROWS<typename Rows::Dot>) &&
+            run_tiles(a, groups, x_group, weight, threads))
+            return;
     if constexpr (Rows::Dot::FAST)
         if (run_integer_fast(a, groups, x_group, weight, threads)) return;
 #endif

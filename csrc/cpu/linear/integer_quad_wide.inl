@@ -19,6 +19,7 @@
 //   struct Dot {
 //       static constexpr bool FAST;         // false: the level has none, and nothing else is there
 //       BYTES, COLUMNS                      // a block: bytes of a row, and the columns in them
+//       STREAM_ROWS                         // up to so many rows of x this way costs less than tiles
 //       OFFSET                              // load() gives unsigned codes q + OFFSET
 //       Weights load(p)                     // a block of one row
 //       I32 add(I32, Weights, x)            // part l collects columns [l * COLUMNS / 4, (l + 1) * COLUMNS / 4)
@@ -40,10 +41,12 @@ constexpr bool in_parts(Groups groups) { return groups == Groups::HALF || groups
 
 constexpr int QUAD = 4, QUAD_X_ROWS = 4;
 
+// Up to so many rows of x, sums along rows of w as stored cost less than tiles.
+template <class Dot>
+constexpr int64_t STREAM_ROWS = Dot::STREAM_ROWS;
+
 // Values of a step for one row of x: one, or one for each lane; WHOLE has one for each row of w.
-constexpr int step_values(Groups groups) {
-    return in_parts(groups) ? F32::WIDTH : groups == Groups::WHOLE ? QUAD : 1;
-}
+constexpr int step_values(Groups groups) { return in_parts(groups) ? F32::WIDTH : groups == Groups::WHOLE ? QUAD : 1; }
 
 // Quads that are multiplied before what they gave is stored, so that y's rows are stored in vectors.
 constexpr int64_t QUADS_TAKEN = 16;
@@ -55,9 +58,10 @@ constexpr int64_t INTEGER_AHEAD = 1024;
 // x of a call, in passes of up to four rows that are multiplied together, so that one pointer leads to all four. A step
 // is what one set of scales serves: a group, or a block of several groups.
 struct QuadX {
-    int8_t* codes;    // [pass][blocks][row][COLUMNS]
-    int32_t* starts;  // [pass][steps][row] sums of the codes, without zero points times -OFFSET; each lane's own in parts
-    float* scales;    // [pass][steps][row]; each lane's own in parts
+    int8_t* codes;  // [pass][blocks][row][COLUMNS]
+    int32_t*
+        starts;     // [pass][steps][row] sums of the codes, without zero points times -OFFSET; each lane's own in parts
+    float* scales;  // [pass][steps][row]; each lane's own in parts
     int64_t codes_size, steps_size;  // of a pass
     int64_t rows, passes;
 
@@ -112,11 +116,11 @@ LLMKERN_INLINE F32 multiply_quad(const QuadW& w, const int8_t* x, const int32_t*
             for (const uint8_t* row : next) prefetch_far(row + b * Dot::BYTES);
     };
     const auto add_block = [&](I32(&sums)[QUAD], const typename Dot::Weights(&codes)[QUAD], int m, int64_t b)
-        __attribute__((always_inline)) {
-        const int8_t* at = x + (b * QUAD_X_ROWS + m) * Dot::COLUMNS;
+                               __attribute__((always_inline)) {
+                                   const int8_t* at = x + (b * QUAD_X_ROWS + m) * Dot::COLUMNS;
 #pragma GCC unroll 4
-        for (int r = 0; r < QUAD; ++r) sums[r] = Dot::add(sums[r], codes[r], at);
-    };
+                                   for (int r = 0; r < QUAD; ++r) sums[r] = Dot::add(sums[r], codes[r], at);
+                               };
     if constexpr (GROUPS == Groups::WHOLE) {
         I32 sums[M][QUAD];
 #pragma GCC unroll 4
@@ -186,8 +190,8 @@ LLMKERN_INLINE F32 multiply_quad(const QuadW& w, const int8_t* x, const int32_t*
 }
 
 template <class Dot, Groups GROUPS, bool ZEROS, int64_t AHEAD, int M>
-LLMKERN_INLINE F32 multiply_quad_of(int64_t rows, const QuadW& w, const QuadX& x, int64_t pass, const uint8_t* const (&next)[2],
-                                    const float* sums) {
+LLMKERN_INLINE F32 multiply_quad_of(int64_t rows, const QuadW& w, const QuadX& x, int64_t pass,
+                                    const uint8_t* const (&next)[2], const float* sums) {
     if constexpr (M > 1)
         if (rows < M) return multiply_quad_of<Dot, GROUPS, ZEROS, AHEAD, M - 1>(rows, w, x, pass, next, sums);
     return multiply_quad<Dot, GROUPS, ZEROS, AHEAD, M>(w, x.codes + pass * x.codes_size, x.starts + pass * x.steps_size,
@@ -202,7 +206,7 @@ void multiply_quads(const QuadW& w, const QuadX& x, int64_t row_bytes, float* re
         return store(results, multiply_quad_of<Dot, GROUPS, ZEROS, INTEGER_AHEAD, M>(x.rows, w, x, 0, {}, results));
     for (int64_t pass = 0; pass < x.passes; ++pass) {
         // Each pass asks for its share of the rows that follow, which for two passes is two of the four.
-        const uint8_t* first = w.bytes + row_bytes + QUAD * pass / x.passes * w.stride;
+        const uint8_t* first = w.bytes + 2 * row_bytes + QUAD * pass / x.passes * w.stride;
         const uint8_t* const next[2] = {first, first + (x.passes < QUAD ? w.stride : 0)};
         const int64_t rows = x.first(pass + 1) - x.first(pass);
         float* at = results + pass * F32::WIDTH;
@@ -262,7 +266,8 @@ class QuadScales {
         if (with_offsets) {
             for (int r = 0; r < QUAD; ++r) {
                 const int64_t first = (n + r * step) * groups_;
-                for (int64_t i = 0; i < count; ++i) rows_[r * room_ + i] = -OFFSET - (g_.zeros ? g_.zeros[first + i] : 0);
+                for (int64_t i = 0; i < count; ++i)
+                    rows_[r * room_ + i] = -OFFSET - (g_.zeros ? g_.zeros[first + i] : 0);
             }
             interleave_rows(rows_, room_, count, offsets_);
         }
@@ -293,8 +298,8 @@ class QuadScales {
 };
 
 // y of the quads that were taken together: of rows n + r * step + i of w for r < count, i < taken.
-LLMKERN_INLINE void store_quads(const LinearArgs& a, const QuadX& x, const float* results, int64_t n, int64_t step, int count,
-                                int64_t taken) {
+LLMKERN_INLINE void store_quads(const LinearArgs& a, const QuadX& x, const float* results, int64_t n, int64_t step,
+                                int count, int64_t taken) {
     for (int64_t pass = 0; pass < x.passes; ++pass) {
         F32 columns[F32::WIDTH];
         for (int64_t i = 0; i < F32::WIDTH; ++i) columns[i] = load(results + (i * x.passes + pass) * F32::WIDTH);
@@ -314,7 +319,9 @@ void run_quads(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const R
     using Dot = typename Rows::Dot;
     QuadW shape;
     shape.blocks = div_up(a.k, Dot::COLUMNS);
-    shape.step_blocks = GROUPS == Groups::WHOLE ? shape.blocks : GROUPS == Groups::RUN ? g.group_size / Dot::COLUMNS : 1;
+    shape.step_blocks = GROUPS == Groups::WHOLE ? shape.blocks
+                        : GROUPS == Groups::RUN ? g.group_size / Dot::COLUMNS
+                                                : 1;
     shape.steps = div_up(shape.blocks, shape.step_blocks);
     shape.whole_blocks = weight.row_bytes() / Dot::BYTES;
     QuadX x;
@@ -333,7 +340,8 @@ void run_quads(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const R
 
     // Where one pass is all there is, or sums are scaled on the way, rows are taken whole.
     const int64_t fit = QUAD_X_BYTES / (x.passes * QUAD_X_ROWS * Dot::COLUMNS);
-    const int64_t run_blocks = GROUPS != Groups::WHOLE || x.passes == 1 ? shape.blocks : div_up(shape.blocks, div_up(shape.blocks, fit));
+    const int64_t run_blocks =
+        GROUPS != Groups::WHOLE || x.passes == 1 ? shape.blocks : div_up(shape.blocks, div_up(shape.blocks, fit));
     parallel_for(div_up(a.n, QUAD), threads, [&](int64_t begin, int64_t end) {
         const int64_t results_ld = x.passes * F32::WIDTH, row_bytes = weight.row_bytes(), left = row_bytes % Dot::BYTES;
         QuadScales scales(g, GROUPS == Groups::QUARTER ? 4 : GROUPS == Groups::HALF ? 2 : 1);
