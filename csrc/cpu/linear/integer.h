@@ -35,12 +35,10 @@ void run_integer(const LinearArgs& a, const GroupArgs& groups, int64_t x_group, 
     if (run_amx_integer(a, groups, x_group, weight, threads)) return;
 #endif
 #ifdef LLMKERN_BYTE_DOT
-    if constexpr (Rows::Tile::FAST)
-        if ((!Rows::Dot::FAST || a.m > STREAM_ROWS<typename Rows::Dot>) &&
-            run_tiles(a, groups, x_group, weight, threads))
-            return;
     if constexpr (Rows::Dot::FAST)
-        if (run_integer_fast(a, groups, x_group, weight, threads)) return;
+        if (a.m <= STREAM_ROWS<typename Rows::Dot> && run_integer_fast(a, groups, x_group, weight, threads)) return;
+    if constexpr (Rows::Tile::FAST)
+        if (run_tiles(a, groups, x_group, weight, threads)) return;
 #endif
     run_integer_any(a, groups, x_group, weight, threads);
 }
