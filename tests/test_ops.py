@@ -195,6 +195,38 @@ def test_many_rows(op: str, row: str, generator: torch.Generator) -> None:
         assert torch.equal(results[0], results[1])
 
 
+@pytest.mark.of_ops("int8_dynamic_linear", "int4_linear")
+@pytest.mark.usefixtures("poisoned")
+def test_quantized_rows_of_every_kind_of_group(op: str, row: str, generator: torch.Generator) -> None:
+    """Groups of parts of a block, of a block and of several; rows that end within each; K in one piece and more."""
+    extra = ("int8",) if op == "int4_linear" else ()
+    for k, groups in ((2600, (16, 32, 64, 128, 256, None)), (576, (64, 128)), (96, (32,))):
+        for group_size in groups:
+            for symmetric in (True, False):
+                case = LinearCase(op, 19, k, group_size=group_size, symmetric=symmetric, extra=extra)
+                bias = make_bias(case, generator)
+                for m in (1, 2, 4, 7, 8, 16):
+                    x = torch.randn((m, k), generator=generator).bfloat16()
+                    with forced(row):
+                        y = OPS[op](*case.args(x, bias))
+                    testing.assert_within(y, *expected(case, x, bias), f"{op} on {row}, {case}, M={m}")
+
+
+@pytest.mark.of_ops("int8_dynamic_linear", "int4_linear")
+@pytest.mark.usefixtures("poisoned")
+def test_a_nan_scale_stays_in_its_row(op: str, row: str, generator: torch.Generator) -> None:
+    """Of the weight: what is read together with the last groups of the row before must not get into its sums."""
+    for k, group_size in ((576, 64), (1056, 32), (1040, 16)):
+        case = LinearCase(op, 40, k, group_size=group_size, extra=("int8",) if op == "int4_linear" else ())
+        args = list(case.args(torch.randn((3, k), generator=generator), None))
+        args[2] = args[2].clone()
+        args[2][::2] = torch.nan
+        with forced(row):
+            y = OPS[op](*args)
+        assert y[:, ::2].isnan().all()
+        assert y[:, 1::2].isfinite().all(), f"{op} on {row}, {case}"
+
+
 @pytest.mark.of_ops(*LINEAR_OPS)
 def test_inputs_are_not_changed(op: str, row: str, generator: torch.Generator) -> None:
     case = CASES[op][3]

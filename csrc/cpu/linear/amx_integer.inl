@@ -95,13 +95,16 @@ class AmxRows {
     int64_t n_[AMX_STRIPS];
 };
 
+// Up to so many rows of x, sums along rows of w as stored cost less; not measured.
+constexpr int64_t AMX_STREAM_ROWS = 4;
+
 // False if there are few rows of x, which the other ways stream past, or the groups do not fit.
 template <class Rows>
 bool run_amx_integer(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const Rows& weight, int threads) {
     using Tile = typename AmxRows<Rows>::Tile;
     const bool groups_fit =
         g.group_size >= a.k || (g.group_size % Tile::UNIT == 0 && g.group_size >= AMX_GROUP_COLUMNS);
-    if (a.m <= INTEGER_STREAM_ROWS || !groups_fit) return false;
+    if (a.m <= AMX_STREAM_ROWS || !groups_fit) return false;
     const int64_t depth = round_up(a.k, Tile::UNIT) / 4, x_groups = div_up(a.k, x_group);
     const AmxShape shape(depth, g.group_size < a.k ? g.group_size / 4 : depth, CHUNK_COLUMNS / 4);
     for (int64_t m0 = 0; m0 < a.m; m0 += AMX_BLOCK_ROWS) {

@@ -1,4 +1,4 @@
-// Byte dot products for the integer driver (see integer.inl for the interface).
+// Byte dot products for the integer driver (see integer_fast.inl and integer_tile.inl for the interfaces).
 #pragma once
 
 #include "cpu/simd/avx2.h"

@@ -1,10 +1,11 @@
-// Byte dot products for the integer driver (see integer.inl for the interface).
+// Byte dot products for the integer driver (see integer_quad_wide.inl and integer_tile.inl for the interfaces).
 #pragma once
 
 #include "cpu/simd/avx512_vnni.h"
 #include "cpu/simd/products.h"
 
 #define LLMKERN_BYTE_DOT
+#define LLMKERN_WIDE_QUADS
 
 namespace llmkern::LLMKERN_NS {
 
@@ -14,50 +15,11 @@ struct I32 {
 
 LLMKERN_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LLMKERN_INLINE void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
+LLMKERN_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LLMKERN_INLINE I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 LLMKERN_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
-LLMKERN_INLINE F32 permute(F32 x, const int32_t* index) { return {_mm512_permutexvar_ps(load_i32(index).v, x.v)}; }
-LLMKERN_INLINE I32 permute(I32 x, const int32_t* index) { return {_mm512_permutexvar_epi32(load_i32(index).v, x.v)}; }
 LLMKERN_INLINE I32 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 LLMKERN_INLINE int32_t hsum(I32 x) { return _mm512_reduce_add_epi32(x.v); }
-
-// 64 bytes: 128 columns, the even ones in the low nibbles.
-struct Dot4 {
-    static constexpr bool FAST = true;
-    static constexpr int BYTES = 64, COLUMNS = 128, OFFSET = 8, ROWS = 4, X_ROWS = 4;
-    static constexpr int column(int p) { return p < 64 ? 2 * p : 2 * (p - 64) + 1; }
-
-    struct Weights {
-        __m512i low, high;
-    };
-    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p) {
-        const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
-        return {_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
-    }
-    static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
-        sum.v = add_products(sum.v, w.low, _mm512_loadu_si512(x));
-        sum.v = add_products(sum.v, w.high, _mm512_loadu_si512(x + 64));
-        return sum;
-    }
-};
-
-// 64 columns; the codes are made unsigned.
-struct Dot8 {
-    static constexpr bool FAST = true;
-    static constexpr int BYTES = 64, COLUMNS = 64, OFFSET = 128, ROWS = 4, X_ROWS = 4;
-    static constexpr int column(int p) { return p; }
-
-    struct Weights {
-        __m512i codes;
-    };
-    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p) {
-        return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
-    }
-    static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
-        sum.v = add_products(sum.v, w.codes, _mm512_loadu_si512(x));
-        return sum;
-    }
-};
 
 // d[i] lane j = s[j] dword i: rows of dwords to columns.
 LLMKERN_INLINE void transpose_dwords(const __m512i (&s)[16], __m512i (&d)[16]) {
@@ -84,6 +46,161 @@ LLMKERN_INLINE void transpose_dwords(const __m512i (&s)[16], __m512i (&d)[16]) {
         d[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
     }
 }
+
+// ---- few rows of x: registers of four 128-bit parts, see integer_quad_wide.inl ----
+
+// p + step, now: GCC would keep the distances of all that is read in registers, of which there are not as many.
+LLMKERN_INLINE const uint8_t* next_address(const uint8_t* p, int64_t step) {
+    p += step;
+    __asm__("" : "+r"(p));
+    return p;
+}
+
+// `count` bytes, 1 to 63, and zeros up to 64.
+LLMKERN_INLINE void copy_part(const uint8_t* from, int64_t count, uint8_t* to) {
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi8((__mmask64{1} << count) - 1, from));
+}
+
+LLMKERN_INLINE F32 as_floats(I32 x) { return {_mm512_castsi512_ps(x.v)}; }
+LLMKERN_INLINE I32 as_dwords(F32 x) { return {_mm512_castps_si512(x.v)}; }
+
+// The parts of a and b in the order of `PARTS`, two bits each: two of a's, then two of b's.
+template <int PARTS>
+LLMKERN_INLINE I32 shuffle_parts(I32 a, I32 b) {
+    return {_mm512_shuffle_i32x4(a.v, b.v, PARTS)};
+}
+template <int PARTS>
+LLMKERN_INLINE F32 shuffle_parts(F32 a, F32 b) {
+    return as_floats(shuffle_parts<PARTS>(as_dwords(a), as_dwords(b)));
+}
+
+LLMKERN_INLINE I32 load_in_first_lane(const int32_t* p) { return {load_dword(p)}; }
+LLMKERN_INLINE I32 load_in_first_part(const int32_t* p) {
+    return {_mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+LLMKERN_INLINE I32 load_in_parts(const int32_t* p) {
+    return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// Four values in parts 0 and 1, the next four in parts 2 and 3.
+LLMKERN_INLINE I32 load_in_halves(const int32_t* p) {
+    const I32 both{_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    return shuffle_parts<0x50>(both, both);
+}
+LLMKERN_INLINE F32 load_in_parts(const float* p) {
+    return as_floats(load_in_parts(reinterpret_cast<const int32_t*>(p)));
+}
+LLMKERN_INLINE F32 load_in_halves(const float* p) {
+    return as_floats(load_in_halves(reinterpret_cast<const int32_t*>(p)));
+}
+
+// Lane r of a part: the sum of that part of rows[r].
+LLMKERN_INLINE I32 sums_of_rows(const I32 (&rows)[4]) {
+    const __m512i a =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0].v, rows[1].v), _mm512_unpackhi_epi32(rows[0].v, rows[1].v));
+    const __m512i b =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2].v, rows[3].v), _mm512_unpackhi_epi32(rows[2].v, rows[3].v));
+    return {_mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))};
+}
+
+// Part i: the sum of the parts of x[i].
+template <class Vector>
+LLMKERN_INLINE Vector sums_of_parts(const Vector (&x)[4]) {
+    const Vector a = shuffle_parts<0x44>(x[0], x[1]) + shuffle_parts<0xee>(x[0], x[1]);
+    const Vector b = shuffle_parts<0x44>(x[2], x[3]) + shuffle_parts<0xee>(x[2], x[3]);
+    return shuffle_parts<0x88>(a, b) + shuffle_parts<0xdd>(a, b);
+}
+
+// to[i][r] = rows[r][i] for four rows of `count` dwords, `ld` apart; whole vectors are read and written.
+LLMKERN_INLINE void interleave_rows(const int32_t* rows, int64_t ld, int64_t count, int32_t* to) {
+    for (int64_t i = 0; i < count; i += 16, to += 64) {
+        __m512i row[4];
+        for (int r = 0; r < 4; ++r) row[r] = _mm512_loadu_si512(rows + r * ld + i);
+        const __m512i low01 = _mm512_unpacklo_epi32(row[0], row[1]), high01 = _mm512_unpackhi_epi32(row[0], row[1]);
+        const __m512i low23 = _mm512_unpacklo_epi32(row[2], row[3]), high23 = _mm512_unpackhi_epi32(row[2], row[3]);
+        // Part p of quads[j] is column 4 * p + j.
+        const I32 quads[4] = {{_mm512_unpacklo_epi64(low01, low23)},
+                              {_mm512_unpackhi_epi64(low01, low23)},
+                              {_mm512_unpacklo_epi64(high01, high23)},
+                              {_mm512_unpackhi_epi64(high01, high23)}};
+        const I32 a = shuffle_parts<0x44>(quads[0], quads[1]), b = shuffle_parts<0xee>(quads[0], quads[1]);
+        const I32 c = shuffle_parts<0x44>(quads[2], quads[3]), d = shuffle_parts<0xee>(quads[2], quads[3]);
+        store_i32(to, shuffle_parts<0x88>(a, c));
+        store_i32(to + 16, shuffle_parts<0xdd>(a, c));
+        store_i32(to + 32, shuffle_parts<0x88>(b, d));
+        store_i32(to + 48, shuffle_parts<0xdd>(b, d));
+    }
+}
+
+// x[i] lane j becomes x[j] lane i.
+LLMKERN_INLINE void turn(F32 (&x)[16]) {
+    __m512i rows[16], columns[16];
+    for (int i = 0; i < 16; ++i) rows[i] = as_dwords(x[i]).v;
+    transpose_dwords(rows, columns);
+    for (int i = 0; i < 16; ++i) x[i] = as_floats({columns[i]});
+}
+
+// The sums of four codes of x each.
+LLMKERN_INLINE I32 code_sums(const int8_t* codes) {
+    return {add_products(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_loadu_si512(codes))};
+}
+
+// 64 bytes: 128 columns, the even ones in the low nibbles.
+struct Dot4 {
+    static constexpr bool FAST = true;
+    static constexpr int BYTES = 64, COLUMNS = 128, OFFSET = 8;
+    static constexpr int64_t STREAM_ROWS = 8;
+
+    struct Weights {
+        __m512i low, high;
+    };
+    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p) {
+        const __m512i bytes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+        return {_mm512_and_si512(bytes, nibble), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)};
+    }
+    static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
+        sum.v = add_products(sum.v, w.low, _mm512_loadu_si512(x));
+        sum.v = add_products(sum.v, w.high, _mm512_loadu_si512(x + 64));
+        return sum;
+    }
+    static LLMKERN_INLINE_MEMBER I32 sums(const int8_t* x) { return code_sums(x) + code_sums(x + 64); }
+
+    // The even columns, then the odd ones.
+    static LLMKERN_INLINE_MEMBER void arrange(const int8_t* from, int8_t* to) {
+        const __m512i even_odd =
+            _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+        const __m512i halves = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+        I32 half[2];
+        for (int i = 0; i < 2; ++i)
+            half[i].v =
+                _mm512_permutexvar_epi32(halves, _mm512_shuffle_epi8(_mm512_loadu_si512(from + 64 * i), even_odd));
+        _mm512_storeu_si512(to, shuffle_parts<0x44>(half[0], half[1]).v);
+        _mm512_storeu_si512(to + 64, shuffle_parts<0xee>(half[0], half[1]).v);
+    }
+};
+
+// 64 columns; the codes are made unsigned.
+struct Dot8 {
+    static constexpr bool FAST = true;
+    static constexpr int BYTES = 64, COLUMNS = 64, OFFSET = 128;
+    static constexpr int64_t STREAM_ROWS = 16;
+
+    struct Weights {
+        __m512i codes;
+    };
+    static LLMKERN_INLINE_MEMBER Weights load(const uint8_t* p) {
+        return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+    }
+    static LLMKERN_INLINE_MEMBER I32 add(I32 sum, Weights w, const int8_t* x) {
+        sum.v = add_products(sum.v, w.codes, _mm512_loadu_si512(x));
+        return sum;
+    }
+    static LLMKERN_INLINE_MEMBER I32 sums(const int8_t* x) { return code_sums(x); }
+    static LLMKERN_INLINE_MEMBER void arrange(const int8_t* from, int8_t* to) {
+        _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+    }
+};
+
+// ---- more rows of x ----
 
 // See integer_tile.inl. 6 rows of x by 4 registers of w take 24 sums, 4 registers and one for x: 29 of 32, for
 // 10 loads per 24 products.

@@ -11,8 +11,10 @@ namespace llmkern::LLMKERN_NS {
 #include "cpu/linear/integer.inl"
 
 #ifdef LLMKERN_BYTE_DOT
-#ifdef LLMKERN_QUAD_DOT
+#if defined(LLMKERN_QUAD_DOT)
 #include "cpu/linear/integer_quad.inl"
+#elif defined(LLMKERN_WIDE_QUADS)
+#include "cpu/linear/integer_quad_wide.inl"
 #else
 #include "cpu/linear/integer_fast.inl"
 #endif
@@ -33,10 +35,10 @@ void run_integer(const LinearArgs& a, const GroupArgs& groups, int64_t x_group, 
     if (run_amx_integer(a, groups, x_group, weight, threads)) return;
 #endif
 #ifdef LLMKERN_BYTE_DOT
-    if constexpr (Rows::Tile::FAST)
-        if ((a.m > INTEGER_STREAM_ROWS || !Rows::Dot::FAST) && run_tiles(a, groups, x_group, weight, threads)) return;
     if constexpr (Rows::Dot::FAST)
-        if (run_integer_fast(a, groups, x_group, weight, threads)) return;
+        if (a.m <= STREAM_ROWS<typename Rows::Dot> && run_integer_fast(a, groups, x_group, weight, threads)) return;
+    if constexpr (Rows::Tile::FAST)
+        if (run_tiles(a, groups, x_group, weight, threads)) return;
 #endif
     run_integer_any(a, groups, x_group, weight, threads);
 }

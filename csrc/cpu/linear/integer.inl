@@ -2,25 +2,14 @@
 //
 //   y[m, n] = sum over groups g of (sum over k in g of (q[n, k] - z[n, g]) * c[m, k]) * sw[n, g] * sx[m, g]
 //
-// A weight format gives Rows: row(n) and row_bytes(), code(row, column), and Dot, the level's byte dot product:
+// A weight format gives Rows: row(n) and row_bytes(), code(row, column), Dot, the level's dot product along rows as
+// they are stored, and Tile, its product on turned ones.
 //
-//   struct Dot {
-//       static constexpr bool FAST;         // false: the level has none, and nothing else is there
-//       BYTES, COLUMNS                      // a block: bytes of a row, and the columns in them
-//       OFFSET                              // load() gives unsigned codes q + OFFSET
-//       ROWS, X_ROWS                        // rows of w and of x whose sums fit the registers together
-//       column(p)                           // the column, within a block, of code p of the arranged x
-//       Weights load(p)                     // a block of one row
-//       I32 add(I32, Weights, x)            // lane l collects columns [l * LANE, (l + 1) * LANE) of the block
-//   };
-//
-// Few rows of x (integer_fast.inl), for groups of whole lanes: ROWS rows by X_ROWS rows of x over blocks of a row. Sums
-// of a block start at
-// -(OFFSET + z) * (the sum of the lane's codes of x), known before, so that a lane ends at its exact centred dot
-// product. It is then scaled: the scale vector holds one group (groups of whole blocks), or several (SPLIT).
-// int8 with one scale per row skips that and keeps int32 sums to the end of the row.
-//
-// More rows: see integer_tile.inl. Otherwise a row is decoded to 16-bit centred codes once, and used for all rows of x.
+//   few rows of x     integer_fast.inl        AVX2: scaled lane by lane
+//                     integer_quad.inl        AArch64: four rows of w at a time, scaled once per group
+//                     integer_quad_wide.inl   AVX-512: likewise in each of four parts of a register
+//   more              integer_tile.inl, and amx_integer.inl where the level has tiles of its own
+//   other groups      here: a row is decoded to 16-bit centred codes once, and used for all rows of x
 //
 // Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
 

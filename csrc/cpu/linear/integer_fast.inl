@@ -1,5 +1,26 @@
-// The way of integer.inl for few rows of x: byte dot products over blocks of a row.
+// The way of integer.inl for few rows of x on AVX2, for groups of whole lanes: byte dot products of ROWS rows of w and
+// X_ROWS of x over blocks of a row. Sums of a block start at -(OFFSET + z) * (the sum of the lane's codes of x), known
+// before, so that a lane ends at its exact centred dot product. It is then scaled: the scale vector holds one group
+// (groups of whole blocks), or several (SPLIT). int8 with one scale per row skips that and keeps int32 sums to the end
+// of the row.
+//
+// A level gives a Dot per format:
+//
+//   struct Dot {
+//       static constexpr bool FAST;         // false: the level has none, and nothing else is there
+//       BYTES, COLUMNS                      // a block: bytes of a row, and the columns in them
+//       OFFSET                              // load() gives unsigned codes q + OFFSET
+//       ROWS, X_ROWS                        // rows of w and of x whose sums fit the registers together
+//       column(p)                           // the column, within a block, of code p of the arranged x
+//       Weights load(p)                     // a block of one row
+//       I32 add(I32, Weights, x)            // lane l collects columns [l * LANE, (l + 1) * LANE) of the block
+//   };
+//
 // Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
+
+// Up to so many rows of x, sums along rows of w as stored cost less than tiles.
+template <class Dot>
+constexpr int64_t STREAM_ROWS = 4;
 
 enum class Groups {
     WHOLE,  // one per row: int32 sums to its end, exact

@@ -23,6 +23,9 @@
 
 constexpr int QUAD = 4;
 constexpr int64_t QUAD_X_ROWS = 4;
+// Up to so many rows of x, sums along rows of w as stored cost less than tiles.
+template <class Dot>
+constexpr int64_t STREAM_ROWS = QUAD_X_ROWS;
 
 struct QuadX {
     int8_t* codes;  // [row][blocks][COLUMNS]

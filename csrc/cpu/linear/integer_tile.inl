@@ -27,8 +27,6 @@
 //
 // Included inside namespace llmkern::LLMKERN_NS by linear/integer.h.
 
-// Up to so many rows of x, sums along rows of w as stored cost less than tiles.
-constexpr int64_t INTEGER_STREAM_ROWS = 4;
 // Columns of K in a tile: with 64 rows it takes 32 KiB of L1, beside a panel of x.
 constexpr int64_t TILE_COLUMNS = 512;
 // Steps between two looks ahead.

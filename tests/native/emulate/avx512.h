@@ -141,7 +141,8 @@ static inline Part part_of(Vector v, int part) {
     return r;
 }
 
-static inline __m512i widen_256(__m256i low) {
+template <class Low>
+static inline __m512i widen(Low low) {
     __m512i v = {};
     std::memcpy(&v, &low, sizeof low);
     return v;
@@ -416,6 +417,8 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_set1_epi32 emulate::set1_epi32
 #define _mm512_set1_epi64 emulate::set1_epi64
 #define _mm512_setr_ps(...) emulate::pack<__m512>(emulate::Lanes<float>{{__VA_ARGS__}})
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32(...) emulate::pack<__m512i>(emulate::Lanes<int32_t>{{__VA_ARGS__}})
 #undef _mm512_set4_epi32
 #define _mm512_set4_epi32(d, c, b, a) emulate::broadcast(_mm_set_epi32(d, c, b, a))
 #define _mm512_broadcast_i32x4 emulate::broadcast
@@ -438,7 +441,8 @@ EMULATED __m256i to_words(__m512i v) {
 
 #define _mm512_castps_si512(v) ((__m512i)(v))
 #define _mm512_castsi512_ps(v) ((__m512)(v))
-#define _mm512_castsi256_si512 emulate::widen_256
+#define _mm512_castsi256_si512 emulate::widen<__m256i>
+#define _mm512_zextsi128_si512 emulate::widen<__m128i>
 #define _mm512_castsi512_si256(v) emulate::part_of<__m256i>(v, 0)
 #define _mm512_castsi512_si128(v) emulate::part_of<__m128i>(v, 0)
 #define _mm512_castps512_ps256(v) emulate::part_of<__m256>(v, 0)
