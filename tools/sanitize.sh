@@ -19,7 +19,7 @@ if [ "$what" = native ]; then
     exec "$work/native/levels"
 fi
 
-"$cxx" -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -Icsrc tests/native/pool.cpp -o "$work/pool" -pthread
+"$cxx" -std=c++17 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -Icsrc tests/native/pool.cpp -o "$work/pool" -pthread -ldl
 "$work/pool"
 [ "$what" = all ] || exit 0
 

@@ -1,5 +1,6 @@
 #include "common/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -24,6 +25,12 @@ constexpr auto WATCH = std::chrono::milliseconds(2);
 // another pool. Only a wake-up gets it back then, so for CONTENDED the worker sleeps at once and watches no more.
 constexpr auto TAKEN = std::chrono::microseconds(500);
 constexpr auto CONTENDED = std::chrono::milliseconds(50);
+// The OpenMP team that torch has started takes a job over where its spinning worker holds the core of ours. Its barrier
+// waits for every member, so after one that came so much later than the caller was done, a neighbour is to blame, and
+// the team is left alone: first for LEFT_ALONE, then for twice as long each time, up to LEFT_ALONE_MOST.
+constexpr auto LATE = std::chrono::milliseconds(1);
+constexpr auto LEFT_ALONE = std::chrono::milliseconds(200);
+constexpr auto LEFT_ALONE_MOST = std::chrono::seconds(5);
 // What it costs the caller to wake sleepers (50 to 100 us measured on virtual machines). They are left asleep until
 // what they could have saved adds up to that, in this job and those before it.
 constexpr auto WAKE = std::chrono::microseconds(60);
@@ -48,20 +55,34 @@ constexpr int helpers_of(uint64_t state) { return static_cast<int>(state >> 20 &
 constexpr int64_t left_of(uint64_t state) { return static_cast<int64_t>(state & 0xfffff); }
 constexpr int MAX_THREADS = 0xfff;
 
+// libgomp's function for `#pragma omp parallel`, if the process has loaded it: not linked, so that nothing needs it.
+using TeamFunction = void (*)(void (*run)(void*), void* context, unsigned threads, unsigned flags);
+TeamFunction find_team() { return reinterpret_cast<TeamFunction>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+
 class Pool {
   public:
+    // team: null in a forked child, where a team that the parent started would hang. Until `contended_until` the cores
+    // of workers count as held by others.
+    explicit Pool(TeamFunction team, Clock::time_point contended_until = {})
+        : team_(team), contended_until_(contended_until.time_since_epoch().count()) {}
+
     // False if another thread has the workers.
     bool run(int64_t tasks, int threads, void (*run)(void*, int64_t, int64_t), void* context) {
         std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
         if (!owner) return false;
-        threads = 1 + grow(threads - 1);
+        const bool team = takes_team();
+        if (!team) threads = 1 + grow(threads - 1);
         tasks_ = tasks;
         chunks_ = std::min<int64_t>(tasks, int64_t{threads} * CHUNKS_PER_THREAD);
         run_ = run;
         context_ = context;
         done_.store(0, std::memory_order_relaxed);
-        state_.store(pack(job_of(state_.load(std::memory_order_relaxed)) + 1, static_cast<uint64_t>(threads - 1),
-                          static_cast<uint64_t>(chunks_)));
+        const uint64_t helpers = team ? 0 : static_cast<uint64_t>(threads - 1);
+        state_.store(pack(job_of(state_.load(std::memory_order_relaxed)) + 1, helpers, static_cast<uint64_t>(chunks_)));
+        if (team) {
+            run_team(threads);
+            return true;
+        }
         const auto start = Clock::now();
         bool woken = chunks_ < MEASURABLE && wake();
         work(state_.load(std::memory_order_relaxed), [&](int64_t left) {
@@ -83,6 +104,41 @@ class Pool {
     }
 
   private:
+    bool takes_team() {
+        const auto now = Clock::now();
+        return team_ && now.time_since_epoch().count() < contended_until_.load(std::memory_order_relaxed) &&
+               now >= left_alone_until_;
+    }
+
+    // The job just published, by torch's team.
+    void run_team(int threads) {
+        struct Job {
+            Pool* pool;
+            uint64_t state;
+            std::thread::id caller;
+            Clock::time_point done;
+        };
+        const auto start = Clock::now();
+        Job job{this, state_.load(std::memory_order_relaxed), std::this_thread::get_id(), {}};
+        team_(
+            [](void* context) {
+                Job& mine = *static_cast<Job*>(context);
+                mine.pool->work(mine.state, [](int64_t) {});
+                if (std::this_thread::get_id() == mine.caller) mine.done = Clock::now();
+            },
+            &job, static_cast<unsigned>(threads), 0);
+        // Its members end within the time of one chunk of each other.
+        const auto now = Clock::now();
+        const auto chunk = (job.done - start) * threads / chunks_;
+        if (now - job.done > LATE + chunk) {
+            left_alone_until_ = now + left_alone_;
+            left_alone_ = std::min<Clock::duration>(2 * left_alone_, LEFT_ALONE_MOST);
+        } else {
+            left_alone_ = LEFT_ALONE;
+            contended_until_.store((now + CONTENDED).time_since_epoch().count(), std::memory_order_relaxed);
+        }
+    }
+
     // Starts workers up to `wanted`; returns how many of those there are.
     int grow(int wanted) {
         sigset_t all, before;
@@ -127,9 +183,10 @@ class Pool {
     bool is_news(uint64_t state, uint64_t seen) const { return job_of(state) != seen && left_of(state) > 0; }
 
     // Looks for a job after `seen`; the last state it saw.
-    uint64_t watch(uint64_t seen, Clock::time_point& contended_until) {
+    uint64_t watch(uint64_t seen) {
         const auto start = Clock::now();
-        const auto until = start < contended_until ? start + SPIN : start + WATCH;
+        const bool contended = start.time_since_epoch().count() < contended_until_.load(std::memory_order_relaxed);
+        const auto until = contended ? start + SPIN : start + WATCH;
         uint64_t state = state_.load(std::memory_order_acquire);
         for (auto now = start; !is_news(state, seen) && now < until;) {
             if (now < start + SPIN) {
@@ -139,7 +196,7 @@ class Pool {
                 std::this_thread::yield();
                 const auto back = Clock::now();
                 if (back - now > TAKEN) {
-                    contended_until = back + CONTENDED;
+                    contended_until_.store((back + CONTENDED).time_since_epoch().count(), std::memory_order_relaxed);
                     return state_.load(std::memory_order_acquire);
                 }
                 now = back;
@@ -151,9 +208,8 @@ class Pool {
 
     void loop(int index) {
         uint64_t seen = 0;
-        Clock::time_point contended_until{};
         for (;;) {
-            uint64_t state = watch(seen, contended_until);
+            uint64_t state = watch(seen);
             if (!is_news(state, seen)) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 asleep_.fetch_add(1);
@@ -168,6 +224,10 @@ class Pool {
     std::mutex owner_;  // held by the thread whose job this is
     int started_ = 0;
     Clock::duration missed_{};  // by leaving sleepers asleep
+    const TeamFunction team_;
+    Clock::time_point left_alone_until_{};
+    Clock::duration left_alone_ = LEFT_ALONE;
+    std::atomic<Clock::rep> contended_until_;
 
     alignas(64) std::atomic<uint64_t> state_{0};
     int64_t tasks_ = 0, chunks_ = 0;
@@ -186,8 +246,8 @@ std::atomic<Pool*> pool{nullptr};
 Pool& current_pool() {
     static std::once_flag once;
     std::call_once(once, [] {
-        pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+        pool = new Pool(find_team());
+        pthread_atfork(nullptr, nullptr, [] { pool = new Pool(nullptr); });
     });
     return *pool.load(std::memory_order_acquire);
 }

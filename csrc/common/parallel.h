@@ -5,6 +5,9 @@
 // one counter, works itself, and waits only for chunks that somebody took. A worker that is late finds nothing left
 // and is not waited for. After a call workers watch for the next one for a while, then sleep (parallel.cpp).
 //
+// Where torch's team spins on the cores of our workers after its own work, that team runs our tasks: it is awake and
+// has the core. A neighbour that makes its barrier wait ends that for a while.
+//
 // Fork: the child starts with an empty pool. Several calling threads: one has the workers, the others run alone.
 #pragma once
 
