@@ -269,6 +269,7 @@ def test_a_killed_run_leaves_the_folder_complete_or_absent(tmp_path):
         for at in range(40):
             time.sleep(0.003 + 0.0037 * (at % 7))
             process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)  # it may run on for a moment: until it has stopped
             if path.exists():
                 names = {layer.format for layer in llmkern.load(path).modules() if isinstance(layer, PackedLinear)}
                 assert len(names) == 1

@@ -212,13 +212,14 @@ def test_quantized_rows_of_every_kind_of_group(op: str, row: str, generator: tor
                     testing.assert_within(y, *expected(case, x, bias), f"{op} on {row}, {case}, M={m}")
 
 
-@pytest.mark.of_ops("int8_dynamic_linear", "int4_linear")
+@pytest.mark.of_ops("int8_linear", "int8_dynamic_linear", "int4_linear")
+@pytest.mark.parametrize("activations", [None, "int8"])
 @pytest.mark.usefixtures("poisoned")
-def test_a_nan_scale_stays_in_its_row(op: str, row: str, generator: torch.Generator) -> None:
+def test_a_nan_scale_stays_in_its_row(op: str, row: str, activations: str | None, generator: torch.Generator) -> None:
     """Of the weight: what is read together with the last groups of the row before must not get into its sums."""
     for k, group_size in ((576, 64), (1056, 32), (1040, 16)):
-        case = LinearCase(op, 40, k, group_size=group_size, extra=("int8",) if op == "int4_linear" else ())
-        args = list(case.args(torch.randn((3, k), generator=generator), None))
+        case = LinearCase(op, 40, k, group_size=group_size, extra=(activations,) if op == "int4_linear" else ())
+        args = list(case.args(torch.randn((3, k), generator=generator).bfloat16(), None))
         args[2] = args[2].clone()
         args[2][::2] = torch.nan
         with forced(row):

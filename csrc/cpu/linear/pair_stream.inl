@@ -169,13 +169,14 @@ void stream_pairs(const PairCall<Pairs>& call, int64_t n, int64_t n_step, int64_
     const uint16_t* x = call.x.words + m0 * strips.steps * PARTS * 32;
     const float* x_sums = ZEROS ? call.x.sums + m0 * strips.steps * LANES : nullptr;
     __m512i lane_groups = _mm512_setzero_si512();
+    __mmask16 lanes = 0xffff;  // that hold columns
     if constexpr (STRIP == Strip::SPLIT) {
         alignas(64) int32_t groups[LANES];
         for (int i = 0; i < LANES; ++i) groups[i] = static_cast<int32_t>(i * strips.step_groups / LANES);
         lane_groups = _mm512_load_si512(groups);
     }
     const auto of_lanes = [&](const float* values) __attribute__((always_inline)) {
-        return STRIP == Strip::SPLIT ? _mm512_permutexvar_ps(lane_groups, _mm512_loadu_ps(values))
+        return STRIP == Strip::SPLIT ? _mm512_maskz_permutexvar_ps(lanes, lane_groups, _mm512_loadu_ps(values))
                                      : _mm512_set1_ps(*values);
     };
 
@@ -247,6 +248,8 @@ void stream_pairs(const PairCall<Pairs>& call, int64_t n, int64_t n_step, int64_
             scale();
             s.scales += strips.step_groups, s.zeros += strips.step_groups;
         }
+        // What stands behind a row's last scale is another row's, and may be NaN.
+        lanes = lanes_mask(div_up(strips.left, Pairs::COLUMNS / LANES));
         if (strips.left > 0) begin(), add_last(), scale();
     }
 
