@@ -102,7 +102,7 @@ void arrange_pairs(const LinearArgs& a, int64_t m, int64_t i, int64_t rows, cons
             const __m512i index = _mm512_load_si512(ORDER.index[part]);
             __m512i v = _mm512_permutex2var_epi16(from[0], index, from[SOURCES > 1 ? 1 : 0]);
             if constexpr (SOURCES > 2)
-                v = _mm512_mask_mov_epi16(v, ORDER.upper[part], _mm512_permutex2var_epi16(from[2], index, from[3]));
+                v = _mm512_mask_blend_epi16(ORDER.upper[part], v, _mm512_permutex2var_epi16(from[2], index, from[3]));
             _mm512_storeu_si512(words + ((step * PARTS + part) * rows + i) * 32, v);
             if (sums) {
                 const __m512i high = _mm512_and_si512(v, _mm512_set1_epi32(-65536));
@@ -114,23 +114,24 @@ void arrange_pairs(const LinearArgs& a, int64_t m, int64_t i, int64_t rows, cons
     }
 }
 
-// out[i] = the sum of the lanes of v[i]; four at a time share their additions.
+// Sums over the lanes of four vectors. Each has the same order of additions wherever it stands.
+LLMKERN_INLINE __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const auto half = [](__m512 v) __attribute__((always_inline)) {
+        const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    };
+    __m128 v[4] = {half(a), half(b), half(c), half(d)};
+    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+    return _mm_add_ps(_mm_add_ps(v[0], v[1]), _mm_add_ps(v[2], v[3]));
+}
+
+// out[i] = the sum of the lanes of v[i].
 template <int N>
-LLMKERN_INLINE void sum_lanes(const __m512* v, float* out) {
-    if constexpr (N >= 4) {
-        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-        const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-        const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
-        sum_lanes<N - 4>(v + 4, out + 4);
-    } else if constexpr (N > 0) {
-        __m512 four[4];
-        float sums[4];
-        for (int i = 0; i < 4; ++i) four[i] = i < N ? v[i] : _mm512_setzero_ps();
-        sum_lanes<4>(four, sums);
-        for (int i = 0; i < N; ++i) out[i] = sums[i];
-    }
+LLMKERN_INLINE void sum_lanes(const __m512 (&v)[N], float* out) {
+    const auto at = [&](int i) __attribute__((always_inline)) { return i < N ? v[i] : _mm512_setzero_ps(); };
+    float sums[(N + 3) / 4 * 4];
+    for (int i = 0; i < N; i += 4) _mm_storeu_ps(sums + i, sums_of_four(at(i), at(i + 1), at(i + 2), at(i + 3)));
+    for (int i = 0; i < N; ++i) out[i] = sums[i];
 }
 
 // What the rows of one call share.
@@ -176,8 +177,9 @@ void stream_pairs(const PairCall<Pairs>& call, int64_t n, int64_t n_step, int64_
         lane_groups = _mm512_load_si512(groups);
     }
     const auto of_lanes = [&](const float* values) __attribute__((always_inline)) {
-        return STRIP == Strip::SPLIT ? _mm512_maskz_permutexvar_ps(lanes, lane_groups, _mm512_loadu_ps(values))
-                                     : _mm512_set1_ps(*values);
+        return STRIP == Strip::SPLIT
+                   ? select(Mask{lanes}, {_mm512_permutexvar_ps(lane_groups, _mm512_loadu_ps(values))}, zero()).v
+                   : _mm512_set1_ps(*values);
     };
 
     __m512 totals[R * M], sums[R * M][CHAINS];
@@ -254,7 +256,7 @@ void stream_pairs(const PairCall<Pairs>& call, int64_t n, int64_t n_step, int64_
     }
 
     float out[R * M];
-    sum_lanes<R * M>(totals, out);
+    sum_lanes(totals, out);
     auto* y = static_cast<uint16_t*>(a.y) + m0 * a.n + n;
     for (int r = 0; r < R; ++r) {
         const float bias = a.bias ? load_one(a.bias, a.bias_dtype, n + r * n_step) : 0.0f;

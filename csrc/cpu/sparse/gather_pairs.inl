@@ -62,17 +62,6 @@ LLMKERN_INLINE void gather_step(const uint8_t* values, int64_t values_ld, const 
     }
 }
 
-// Sums over the lanes of four vectors. Each has the same order of additions wherever it stands.
-LLMKERN_INLINE __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const auto half = [](__m512 v) __attribute__((always_inline)) {
-        const __m256 sum = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-        return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    };
-    __m128 v[4] = {half(a), half(b), half(c), half(d)};
-    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
-    return _mm_add_ps(_mm_add_ps(v[0], v[1]), _mm_add_ps(v[2], v[3]));
-}
-
 // Scales of rows n, n + n_step, ... of w: of row r from scales + r * ld, a group after the other.
 struct RowScales {
     const float* scales;  // null: all are 1
