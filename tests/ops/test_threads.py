@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +25,6 @@ OPTIONS = {
 }
 # (N, K, M), all odd, each enough work for more than one thread.
 SHAPES = ((1031, 517, 1), (1031, 517, 7), (517, 1031, 33), (67, 2085, 65), (261, 75, 129))
-SANITIZE = Path(__file__).resolve().parents[2] / "tools" / "sanitize.sh"
 needs_native = pytest.mark.skipif(_features.native is None, reason=f"no native module: {_features.native_error}")
 
 
@@ -120,13 +117,3 @@ sys.exit(child(3))
 def test_forks_of_forks_and_their_parents_go_on() -> None:
     done = subprocess.run([sys.executable, "-c", NESTED_FORK], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not SANITIZE.is_file(), reason="no tools/ beside the tests")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_the_pool_under_the_thread_sanitizer() -> None:
-    done = subprocess.run([SANITIZE, sys.executable, "pool"], capture_output=True, text=True, timeout=300)
-    if "cannot find" in done.stderr and "tsan" in done.stderr:
-        pytest.skip("the compiler has no thread sanitizer")
-    assert done.returncode == 0, done.stderr
-    assert "every task ran once" in done.stdout

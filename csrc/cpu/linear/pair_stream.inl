@@ -279,8 +279,7 @@ void stream_all(const PairCall<Pairs>& call) {
     const GroupArgs& g = call.g;
     const int64_t groups = call.strips.groups;
     parallel_for(a.n, worth_threads(a), [&](int64_t begin, int64_t end) {
-        // SPLIT reads a vector at any group, and lanes past the last one have codes and x that are 0, but what is read
-        // must be finite.
+        // SPLIT reads a vector at any group.
         const int64_t ld = PAIR_SCALES * groups + LANES;
         Carver carve(scratch(Scratch::TASK, 2 * R * Carver::bytes<float>(ld)));
         float *scales = carve.take<float>(R * ld), *zeros = carve.take<float>(R * ld);
@@ -294,7 +293,6 @@ void stream_all(const PairCall<Pairs>& call) {
                     for (int64_t j = 0; j < values; ++j) scale[j] = 1;
                 if (ZEROS)
                     for (int64_t j = 0; j < values; ++j) zero[j] = static_cast<float>(-g.zeros[first + j]);
-                for (int64_t j = values; j < values + LANES; ++j) scale[j] = zero[j] = 0;
             }
         };
         // Panel by panel, so that one of x stays in the inner cache while `taken` times R rows of w wait in the outer

@@ -3,6 +3,4 @@
 
 #include "cpu/simd/avx512_bf16.h"
 
-#define LLMKERN_KEPT_PAIRS
-
 #include "cpu/sparse/avx512_vnni.h"

@@ -18,7 +18,7 @@
 //   compact<KEPT, COUNT>(values, places, bits, from, scale, first, stride)
 //                                   the kept values times scale side by side, and for each (first + its column) *
 //                                   stride; returns how many. Up to EXPAND_CHUNK of both are written
-// A level whose 2:4 weights take the ways of kept_pairs.inl defines LLMKERN_KEPT_PAIRS.
+// 2:4 weights take the ways of kept_pairs.inl at the level that defines LLMKERN_PAIR_STREAM.
 #pragma once
 
 #include <cstdint>

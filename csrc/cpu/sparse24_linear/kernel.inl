@@ -17,7 +17,7 @@ namespace {
 #include "cpu/sparse/two_of_four_pairs.inl"
 #endif
 
-#ifdef LLMKERN_KEPT_PAIRS
+#ifdef LLMKERN_PAIR_STREAM
 #include "cpu/sparse/kept_pairs.inl"
 #endif
 
@@ -29,7 +29,7 @@ void run(const Sparse24LinearArgs& args) {
         const GroupArgs groups{args.scales, args.scales_dtype, nullptr, args.scales ? args.group_size : k, k};
         const TwoOfFourPairs<KEPT> weight{
             {}, static_cast<const uint8_t*>(args.values), kept_bytes(KEPT, (k + 3) / 4 * 2), args.positions, k};
-#ifdef LLMKERN_KEPT_PAIRS
+#ifdef LLMKERN_PAIR_STREAM
         if (run_kept_pairs(args.linear, groups, weight)) return;
 #endif
         if (takes_pairs(args.linear, groups)) return run_pairs(args.linear, groups, weight);
