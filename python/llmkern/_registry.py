@@ -33,21 +33,37 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to run an op. `rejects(*args)` returns a sentence when these arguments are not for it."""
+    """A way to run an op.
+
+    `rejects(*args)` returns a sentence when it cannot run on these arguments, `yields(*args)` one when it can, but a
+    later row is faster for them; a forced kernel is not asked whether it yields. `lacking()` says what the machine
+    lacks and is asked only when somebody wants to know: a GPU is not touched at import.
+    """
 
     name: str
     device: str  # "cpu", "cuda" or "any"
     run: Callable[..., Any]
-    reason: str = ""  # why it cannot run on this machine or build at all; empty if it can
+    blocked: str = ""  # why it cannot run in this build, or by the user's wish; empty if it can
+    lacking: Callable[[], str] | None = None
     rejects: Callable[..., str | None] | None = None
+    yields: Callable[..., str | None] | None = None
 
-    def refusal(self, device: str, args: tuple) -> str | None:
-        """Why this kernel cannot run on these arguments, or None."""
-        if self.reason:
-            return self.reason
+    @property
+    def reason(self) -> str:
+        """Why it cannot run on this machine or build at all; empty if it can."""
+        return self.blocked or (self.lacking() if self.lacking else "")
+
+    def refusal(self, device: str, args: tuple, *, forced: bool = False) -> str | None:
+        """Why this kernel does not run on these arguments, or None."""
+        if self.blocked:
+            return self.blocked
         if self.device not in ("any", device):
-            return f"needs a {self.device} tensor, got {device}"
-        return self.rejects(*args) if self.rejects else None
+            return (self.reason if self.lacking else "") or f"needs a {self.device} tensor, got {device}"
+        if self.lacking and (reason := self.lacking()):
+            return reason
+        if self.rejects and (reason := self.rejects(*args)):
+            return reason
+        return self.yields(*args) if self.yields and not forced else None
 
 
 @dataclass
@@ -85,12 +101,13 @@ class Op:
         """Decorator: append a row to the table. Rows are tried in the order they were added."""
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
-            reason = fields.pop("reason", "")
+            blocked = fields.pop("reason", "")
             if level in _features.disabled() or name in _features.disabled():
-                reason = f"{name} is disabled by LLMKERN_DISABLE"
-            self.kernels.append(Kernel(name, device, run, reason, **fields))
-            first = next((kernel for kernel in self.kernels if not kernel.reason and kernel.device != "cuda"), None)
-            self._unconditional = first.run if first is not None and first.rejects is None else None
+                blocked = f"{name} is disabled by LLMKERN_DISABLE"
+            self.kernels.append(Kernel(name, device, run, blocked, **fields))
+            first = next((kernel for kernel in self.kernels if not kernel.blocked and kernel.device != "cuda"), None)
+            simple = first is not None and first.rejects is None and first.yields is None and first.lacking is None
+            self._unconditional = first.run if first is not None and simple else None
             return run
 
         return add
@@ -115,7 +132,7 @@ class Op:
         for kernel in self.kernels:
             if forced is not None and kernel.name != forced:
                 continue
-            if kernel.refusal(device, args) is None:
+            if kernel.refusal(device, args, forced=forced is not None) is None:
                 return kernel
         raise NotImplementedError(self._no_kernel(forced, *args))
 
