@@ -20,6 +20,15 @@ else:
     native = _native
     native_error = ""
 
+try:
+    from llmkern import _cuda
+except ImportError as error:
+    cuda: ModuleType | None = None
+    cuda_error = f"the CUDA module failed to load: {error}"
+else:
+    cuda = _cuda
+    cuda_error = ""
+
 
 class Level(NamedTuple):
     """One row of levels.def, in order from the lowest to the best."""

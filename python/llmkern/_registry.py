@@ -59,8 +59,8 @@ class Kernel:
             return self.blocked
         if self.device not in ("any", device):
             return (self.reason if self.lacking else "") or f"needs a {self.device} tensor, got {device}"
-        if self.lacking and (reason := self.lacking()):
-            return reason
+        if self.lacking and (lack := self.lacking()):
+            return lack
         if self.rejects and (reason := self.rejects(*args)):
             return reason
         return self.yields(*args) if self.yields and not forced else None

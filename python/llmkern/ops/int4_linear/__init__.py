@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops import _cuda
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.int4_linear.reference import dequantize, reference
 
@@ -44,6 +45,29 @@ def native(
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any,
+    group_size: int, activations: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/int4_linear."""
+    n, k = words.shape[0], x.shape[-1]
+    plan = _cuda.stream_plan(gpu, x.numel() // max(k, 1), n, k, lane_columns=32)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, words.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
+        group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any, group_size: int,
+    activations: str | None = None,
+) -> str | None:  # fmt: skip
+    """Why a CUDA kernel cannot run on these arguments."""
+    if activations is not None:
+        return f"keeps activations as they are, but activations={activations!r} is asked for"
+    return _cuda.rejects_groups(group_size, x.shape[-1], 32)
+
+
 OP = linear_op(
     "int4_linear(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int group_size, "
     "str? activations=None) -> Tensor",
@@ -53,4 +77,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects)
 OP.kernel("reference", "any")(reference)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops import _cuda
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.int8_linear.reference import dequantize, reference
 
@@ -38,10 +39,31 @@ def native(function: Any, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, 
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/int8_linear."""
+    n, k = codes.shape
+    plan = _cuda.stream_plan(gpu, x.numel() // max(k, 1), n, k, lane_columns=16)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, codes.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
+        group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    return _cuda.rejects_groups(group_size, x.shape[-1], 16)
+
+
 OP = linear_op(
     "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
     check=check,
     dequantize=lambda x, codes, scales, zeros, bias, group_size: dequantize(codes, scales, zeros, group_size),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects)
 OP.kernel("reference", "any")(reference)

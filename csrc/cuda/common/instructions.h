@@ -1,0 +1,196 @@
+// The GPU as kernels see it: indices, barriers, memory, and one function per PTX instruction that C++ has no word for.
+// Kernels use nothing of CUDA but these and its qualifiers, so that they also run on a CPU, thread by thread, with
+// tests/native/emulate_cuda in the place of this file. Fragment layouts are those of the PTX ISA, "Matrix multiply-
+// accumulate operation using mma instruction".
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#define LLMKERN_DEVICE __device__ __forceinline__
+
+namespace llmkern::cuda {
+
+// Element types of activations. Two of them in one register are a pair: the lower half is the first.
+struct Bf16 {};
+struct F16 {};
+
+struct alignas(16) Words4 {
+    uint32_t w[4];
+};
+
+LLMKERN_DEVICE int thread() { return threadIdx.x; }
+LLMKERN_DEVICE int block_x() { return blockIdx.x; }
+LLMKERN_DEVICE int block_y() { return blockIdx.y; }
+LLMKERN_DEVICE int block_z() { return blockIdx.z; }
+
+extern __shared__ __align__(1024) uint8_t llmkern_shared[];
+LLMKERN_DEVICE uint8_t* shared_memory() { return llmkern_shared; }
+LLMKERN_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+
+LLMKERN_DEVICE void sync_block() { __syncthreads(); }
+LLMKERN_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class V>
+LLMKERN_DEVICE V shuffle(V value, int lane) {
+    return __shfl_sync(0xffffffff, value, lane);
+}
+
+template <class V>
+LLMKERN_DEVICE V shuffle_xor(V value, int mask) {
+    return __shfl_xor_sync(0xffffffff, value, mask);
+}
+
+// Blocks of a cluster; without clusters (before sm_90) a block is its own.
+#if __CUDA_ARCH__ >= 900
+LLMKERN_DEVICE void sync_cluster() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;\n" ::
+            : "memory");
+}
+
+// What the block of this rank in the cluster has at the same place of its shared memory.
+LLMKERN_DEVICE float load_cluster(const float* mine, int rank) {
+    float value;
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %1, %2;\n"
+        "ld.shared::cluster.f32 %0, [there];\n}\n"
+        : "=f"(value)
+        : "r"(shared_address(mine)), "r"(rank)
+        : "memory");
+    return value;
+}
+#else
+LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
+LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
+#endif
+
+// 16 bytes that are read once: past L1, and a whole line of L2 at a time.
+LLMKERN_DEVICE Words4 load_once(const void* address) {
+    Words4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(address));
+    return v;
+}
+
+// 16 bytes that other warps read too.
+LLMKERN_DEVICE Words4 load_shared_use(const void* address) {
+    Words4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(address));
+    return v;
+}
+
+// Shared memory from global memory in the background: `bytes` (0 to 16) of the 16, zeros for the rest.
+LLMKERN_DEVICE void copy_async(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+LLMKERN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Until no more than PENDING of this thread's groups are under way.
+template <int PENDING>
+LLMKERN_DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// Bytes of a and b by the selector's nibbles: 0 to 3 are a's, 4 to 7 b's.
+LLMKERN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+LLMKERN_DEVICE int popcount(uint32_t a) { return __popc(a); }
+
+template <class T>
+LLMKERN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+LLMKERN_DEVICE uint32_t fma2<Bf16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+template <>
+LLMKERN_DEVICE uint32_t fma2<F16>(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// A pair from two floats, rounded to nearest, ties to even.
+template <class T>
+LLMKERN_DEVICE uint32_t pack2(float first, float second);
+template <>
+LLMKERN_DEVICE uint32_t pack2<Bf16>(float first, float second) {
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(d) : "f"(second), "f"(first));
+    return d;
+}
+template <>
+LLMKERN_DEVICE uint32_t pack2<F16>(float first, float second) {
+    uint32_t d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(d) : "f"(second), "f"(first));
+    return d;
+}
+
+template <class T>
+LLMKERN_DEVICE float to_float(uint16_t value);
+template <>
+LLMKERN_DEVICE float to_float<Bf16>(uint16_t value) {
+    return __uint_as_float(uint32_t(value) << 16);
+}
+template <>
+LLMKERN_DEVICE float to_float<F16>(uint16_t value) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;\n" : "=f"(f) : "h"(value));
+    return f;
+}
+
+LLMKERN_DEVICE int round_to_int(float value) { return __float2int_rn(value); }
+
+// d += a b: a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4, c = lane % 4: a[0] and a[2] are row g, columns 2c and
+// 2c + 8; a[1] and a[3] row g + 8; b[0] and b[1] rows 2c and 2c + 8 of column g; d[0..1] row g, columns 2c, 2c + 1;
+// d[2..3] row g + 8.
+template <class T>
+LLMKERN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+LLMKERN_DEVICE void mma<Bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+LLMKERN_DEVICE void mma<F16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with int8: a [16, 32], b [32, 8]; a register holds four bytes, columns 4c to 4c + 3 and 16 further.
+LLMKERN_DEVICE void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += a b with a 2:4 sparse: a [16, 32] as its kept [16, 16], held as mma's a; b [32, 8] in b[0..3], rows 2c + 8i of
+// column g. `positions`: a nibble per quad of a row, the first kept column in its lower two bits. With SELECTOR s, lane
+// 4g + 2s + h has quads 4h to 4h + 3 of row g in its lower half and of row g + 8 in its upper.
+template <class T, int SELECTOR>
+LLMKERN_DEVICE void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+#define LLMKERN_MMA_SPARSE(type)                                                                                  \
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                               \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"              \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions), \
+          "n"(SELECTOR))
+    if constexpr (std::is_same_v<T, Bf16>)
+        LLMKERN_MMA_SPARSE("bf16");
+    else
+        LLMKERN_MMA_SPARSE("f16");
+#undef LLMKERN_MMA_SPARSE
+}
+
+}  // namespace llmkern::cuda

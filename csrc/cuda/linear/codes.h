@@ -1,0 +1,113 @@
+// How int4 and int8 codes become pairs of bf16 or fp16: exactly, by bits that are a number's own.
+//
+// Four lanes of a warp share a row: lane c takes 16 bytes, then come those of the next lane. Which columns a product
+// takes together is free as long as x is arranged alike, so a lane's columns are used in the order in which its words
+// give them up cheapest:
+//
+//   int4  word of columns 0..7   pairs (0, 4) (1, 5) (2, 6) (3, 7): one mask for both, a shift by 4 in between
+//   int8  word of columns 0..3   pairs (0, 2) (1, 3)
+#pragma once
+
+#include "cuda/common/instructions.h"
+
+namespace llmkern::cuda {
+
+template <class T>
+struct Magic;  // a number of which the lowest bits of the fraction count ones
+template <>
+struct Magic<Bf16> {
+    static constexpr uint32_t PAIR = 0x43004300;  // 128
+    static constexpr float VALUE = 128;
+    static constexpr uint32_t ONE = 0x3f803f80, MINUS_ONE = 0xbf80bf80;
+};
+template <>
+struct Magic<F16> {
+    static constexpr uint32_t PAIR = 0x64006400;  // 1024
+    static constexpr float VALUE = 1024;
+    static constexpr uint32_t ONE = 0x3c003c00, MINUS_ONE = 0xbc00bc00;
+    static constexpr uint32_t SIXTEENTH = 0x2c002c00;
+};
+constexpr uint32_t MINUS_ZERO = 0x80008000;  // added to a product it changes nothing
+
+struct Int4 {
+    static constexpr int LANE_COLUMNS = 32;  // of 16 bytes
+    static constexpr int WORD_COLUMNS = 8;
+    static constexpr int PAIRS = 4;  // of a word
+
+    // -(code's offset + zero), in the form that `decode` adds.
+    template <class T>
+    struct Offset {
+        uint32_t low, high;
+    };
+    template <class T>
+    static LLMKERN_DEVICE Offset<T> offset(int zero) {
+        const float low = -(Magic<T>::VALUE + 8 + float(zero)), high = -(Magic<T>::VALUE / 16 + 8 + float(zero));
+        return {pack2<T>(low, low), pack2<T>(high, high)};
+    }
+
+    // q - zero for the eight codes of a word.
+    template <class T>
+    static LLMKERN_DEVICE void decode(uint32_t word, Offset<T> offset, uint32_t (&pairs)[PAIRS]) {
+        if constexpr (std::is_same_v<T, F16>) {
+            // A nibble four bits up counts sixteens.
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t w = word >> 8 * i;
+                pairs[2 * i] = fma2<T>((w & 0x000f000f) | Magic<T>::PAIR, Magic<T>::ONE, offset.low);
+                pairs[2 * i + 1] = fma2<T>((w & 0x00f000f0) | Magic<T>::PAIR, Magic<T>::SIXTEENTH, offset.high);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++)
+                pairs[i] = fma2<T>((word >> 4 * i & 0x000f000f) | Magic<T>::PAIR, Magic<T>::ONE, offset.low);
+        }
+    }
+
+    // x of a word's columns, in pairs of neighbours, to the pairs above.
+    static LLMKERN_DEVICE void arrange(uint32_t (&x)[PAIRS]) {
+        const uint32_t a = x[0], b = x[1], c = x[2], d = x[3];
+        x[0] = permute(a, c, 0x5410), x[1] = permute(a, c, 0x7632);
+        x[2] = permute(b, d, 0x5410), x[3] = permute(b, d, 0x7632);
+    }
+};
+
+struct Int8 {
+    static constexpr int LANE_COLUMNS = 16;
+    static constexpr int WORD_COLUMNS = 4;
+    static constexpr int PAIRS = 2;
+
+    template <class T>
+    struct Offset {
+        uint32_t pair;
+    };
+    template <class T>
+    static LLMKERN_DEVICE Offset<T> offset(int zero) {
+        const float value = -(std::is_same_v<T, F16> ? 1152 + float(zero) : float(zero));
+        return {pack2<T>(value, value)};
+    }
+
+    template <class T>
+    static LLMKERN_DEVICE void decode(uint32_t word, Offset<T> offset, uint32_t (&pairs)[PAIRS]) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            if constexpr (std::is_same_v<T, F16>) {
+                // code + 128 is a byte, which 1024 and more hold.
+                const uint32_t bytes = (word ^ 0x80808080) >> 8 * i & 0x00ff00ff;
+                pairs[i] = fma2<T>(bytes | Magic<T>::PAIR, Magic<T>::ONE, offset.pair);
+            } else {
+                // bf16 has room for seven bits: (128 + code % 128) - (128 or 256), then the zero.
+                const uint32_t w = word >> 8 * i;
+                const uint32_t code =
+                    fma2<T>((w & 0x00800080) | Magic<T>::PAIR, Magic<T>::MINUS_ONE, (w & 0x007f007f) | Magic<T>::PAIR);
+                pairs[i] = fma2<T>(code, Magic<T>::ONE, offset.pair);
+            }
+        }
+    }
+
+    static LLMKERN_DEVICE void arrange(uint32_t (&x)[PAIRS]) {
+        const uint32_t a = x[0], b = x[1];
+        x[0] = permute(a, b, 0x5410), x[1] = permute(a, b, 0x7632);
+    }
+};
+
+}  // namespace llmkern::cuda

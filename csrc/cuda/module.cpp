@@ -1,0 +1,59 @@
+// The Python module _cuda: per op a submodule, and in it one function per kernel (the rows of the op's kernels.def).
+// Pointers come as integers: the Python side (ops/_cuda.py and each op's `cuda`) has checked the tensors and chosen the
+// sizes. A launch that fails is a RuntimeError.
+#include <pybind11/pybind11.h>
+
+#include "cuda/int4_linear/int4_linear.h"
+#include "cuda/int8_linear/int8_linear.h"
+
+namespace py = pybind11;
+
+namespace llmkern::cuda {
+namespace {
+
+using Address = uintptr_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Defines `op.kernel(x, x_dtype, bias, bias_dtype, y, m, n, k, stream, row_tiles, token_tiles, splits, *weight)`;
+// make(LinearArgs, weight...) gives the op's own arguments.
+template <class Args, class... Weight>
+void def_linear(py::module_& op, const char* kernel, void (*run)(const Args&, const Plan&),
+                Args (*make)(LinearArgs, Weight...)) {
+    op.def(
+        kernel,
+        [run, make](Address x, int x_dtype, Address bias, int bias_dtype, Address y, int64_t m, int64_t n, int64_t k,
+                    Address stream, int row_tiles, int token_tiles, int splits, Weight... weight) {
+            const LinearArgs linear{at<void>(x), DType(x_dtype),  at<void>(bias), DType(bias_dtype), at<void>(y), m, n,
+                                    k,           at<void>(stream)};
+            run(make(linear, weight...), Plan{row_tiles, token_tiles, splits});
+        },
+        NoGil());
+}
+
+CodesArgs codes_args(LinearArgs linear, Address codes, Address scales, int scales_dtype, Address zeros,
+                     int64_t group_size) {
+    return {linear, at<void>(codes), at<void>(scales), DType(scales_dtype), at<int8_t>(zeros), group_size};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+    m.doc() = "llmkern's CUDA kernels; call them through llmkern.ops.";
+
+    py::module_ int8_linear_module = m.def_submodule("int8_linear");
+#define LLMKERN_KERNEL(kernel) def_linear(int8_linear_module, #kernel, kernel::int8_linear, codes_args);
+#include "cuda/int8_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ int4_linear_module = m.def_submodule("int4_linear");
+#define LLMKERN_KERNEL(kernel) def_linear(int4_linear_module, #kernel, kernel::int4_linear, codes_args);
+#include "cuda/int4_linear/kernels.def"
+#undef LLMKERN_KERNEL
+}
+
+}  // namespace llmkern::cuda

@@ -1,0 +1,147 @@
+"""What the CUDA rows share: what a GPU lacks, which kernel and which sizes suit it, and the pointers of a call.
+
+Kernels read the canonical layout of packed weights, so a weight on a GPU is the same tensors as anywhere, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmkern import _features
+from llmkern._registry import Op
+from llmkern.ops._linear import DTYPE_CODES
+
+HALVES = (torch.bfloat16, torch.float16)
+ORDER = ("wgmma", "mma", "stream")  # of the rows; which of them runs, `best` says
+OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0)}  # compute capability
+STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
+
+
+class Gpu(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+class Plan(NamedTuple):
+    """Sizes of a launch: tiles of 16 rows of w and of 8 rows of x in a block; blocks that divide K (a cluster)."""
+
+    row_tiles: int
+    token_tiles: int
+    splits: int
+
+
+@lru_cache
+def gpu_of(index: int) -> Gpu:
+    """The GPU of this number."""
+    found = torch.cuda.get_device_properties(index)
+    return Gpu((found.major, found.minor), found.multi_processor_count)
+
+
+def device_of(x: Tensor) -> Gpu:
+    """The GPU that x is on."""
+    return gpu_of(x.device.index)
+
+
+def lacking(kernel: str) -> str:
+    """Why no GPU here can run this kernel; empty if one can."""
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device that torch can use"
+    return (
+        ""
+        if any(not _refused(kernel, gpu_of(i)) for i in range(torch.cuda.device_count()))
+        else _refused(kernel, gpu_of(0))
+    )
+
+
+def _refused(kernel: str, gpu: Gpu) -> str:
+    """Why this GPU cannot run the kernel; empty if it can."""
+    major, minor = OLDEST[kernel]
+    if kernel == "wgmma" and gpu.capability[0] != 9:
+        return f"needs compute capability 9.0, got {gpu.capability[0]}.{gpu.capability[1]}"
+    if gpu.capability < (major, minor):
+        return f"needs compute capability {major}.{minor} or newer, got {gpu.capability[0]}.{gpu.capability[1]}"
+    return ""
+
+
+def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
+    """Sizes of `cuda.stream`. lane_columns: columns of K in 16 bytes of w (32 for int4, 16 for int8).
+
+    More rows of w in a block read x less often, fewer give more blocks. K is divided until every multiprocessor has
+    two small blocks or a large one, as long as each warp has a chunk.
+    """
+    bits = 128 // lane_columns
+    row_tiles = 4 if m > 8 else 2 if m > 8 // bits else 1
+    token_tiles = 2 if m > 8 else 1
+    blocks = -(-n // (16 * row_tiles)) * -(-m // (8 * token_tiles))
+    wanted = gpu.multiprocessors * (2 if row_tiles == 1 else 1)
+    splits = 1
+    while gpu.capability >= (9, 0) and splits < 8 and blocks * splits < wanted:
+        if k < 2 * splits * STREAM_WARPS * 4 * lane_columns:
+            break
+        splits *= 2
+    return Plan(row_tiles, token_tiles, splits)
+
+
+def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
+    """Why a kernel cannot run whose scales are those of `multiple` neighbouring columns."""
+    if group_size < k and group_size % multiple:
+        return f"needs groups of a multiple of {multiple} columns or one per row, got group_size={group_size}"
+    return None
+
+
+def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | None]) -> None:
+    """One row per CUDA kernel of this op that is built.
+
+    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first.
+    """
+    if _features.cuda is None:
+        op.kernel("cuda.native", "cuda", reason=_features.cuda_error)(call)
+        return
+    built = getattr(_features.cuda, op.name)
+    for kernel in ORDER:
+        if function := getattr(built, kernel, None):
+            op.kernel(
+                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel)
+            )(partial(_run, call, kernel, function))
+
+
+def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
+    if reason := _refused(kernel, device_of(x)):
+        return reason
+    if x.dtype not in HALVES:
+        return f"needs bfloat16 or float16 x, got {x.dtype}"
+    return more(kernel, x, *args)
+
+
+def _run(call: Callable[..., Tensor], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Tensor:
+    return call(kernel, function, device_of(x), x, *args)
+
+
+def cuda_call(
+    function: Callable[..., None], plan: Plan, x: Tensor, n: int, bias: Tensor | None, *weight: Any
+) -> Tensor:
+    """Call a native linear kernel: `function(x, bias, y, m, n, k, stream, plan, *weight)` on the current stream.
+
+    As `_linear.native_call`, whose `weight` it takes. Nothing waits; a launch that fails is a RuntimeError.
+    """
+    rows = x.contiguous()
+    bias_at = bias_dtype = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at, bias_dtype = bias.data_ptr(), DTYPE_CODES[bias.dtype]
+    y = x.new_empty(*x.shape[:-1], n)
+    if size := y.numel():
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        with torch.cuda.device_of(x):  # launches go to the current device; nothing to do for an emulated one
+            function(
+                rows.data_ptr(), DTYPE_CODES[x.dtype], bias_at, bias_dtype, y.data_ptr(), size // n, n, x.shape[-1],
+                stream, *plan, *weight,
+            )  # fmt: skip
+    return y

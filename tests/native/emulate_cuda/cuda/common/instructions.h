@@ -1,0 +1,259 @@
+// In the place of csrc/cuda/common/instructions.h: what each of its functions does, in plain C++, on a fiber of
+// machine.h. Fragment layouts are written down here a second time, from the PTX ISA's figures.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "machine.h"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define LLMKERN_DEVICE inline
+
+namespace llmkern::cuda {
+
+using emulated::machine;
+using emulated::meet;
+
+struct Bf16 {};
+struct F16 {};
+
+struct alignas(16) Words4 {
+    uint32_t w[4];
+};
+
+inline int thread() { return machine.current->thread; }
+inline int block_x() { return machine.current->block->index.x; }
+inline int block_y() { return machine.current->block->index.y; }
+inline int block_z() { return machine.current->block->index.z; }
+inline uint8_t* shared_memory() { return machine.current->block->shared; }
+
+inline void sync_block() {
+    meet(machine.current->block->all, thread(), "sync_block", nullptr, [](void* const*) {});
+}
+inline void sync_warp() {
+    meet(emulated::my_warp(), emulated::my_lane(), "sync_warp", nullptr, [](void* const*) {});
+}
+inline void sync_cluster() {
+    const int place = machine.current->rank * machine.current->block->all.size + thread();
+    meet(*machine.cluster_group, place, "sync_cluster", nullptr, [](void* const*) {});
+}
+
+inline float load_cluster(const float* mine, int rank) {
+    const auto offset = reinterpret_cast<const uint8_t*>(mine) - shared_memory();
+    float value;
+    std::memcpy(&value, machine.cluster.at(rank)->shared + offset, sizeof value);
+    return value;
+}
+
+// `result(lane, values)` of all lanes' values.
+template <class V, class F>
+V exchange(const char* operation, V value, F result) {
+    struct Record {
+        V in, out;
+    } record{value, value};
+    meet(emulated::my_warp(), emulated::my_lane(), operation, &record, [&](void* const* all) {
+        V values[emulated::LANES];
+        for (int i = 0; i < emulated::LANES; i++) values[i] = static_cast<Record*>(all[i])->in;
+        for (int i = 0; i < emulated::LANES; i++) static_cast<Record*>(all[i])->out = result(i, values);
+    });
+    return record.out;
+}
+
+template <class V>
+V shuffle(V value, int lane) {
+    struct Pair {
+        V value;
+        int lane;
+    };
+    return exchange("shuffle", Pair{value, lane},
+                    [](int i, const Pair* all) { return Pair{all[all[i].lane & 31].value, all[i].lane}; })
+        .value;
+}
+
+template <class V>
+V shuffle_xor(V value, int mask) {
+    return exchange("shuffle_xor", value, [mask](int i, const V* all) { return all[i ^ mask]; });
+}
+
+inline Words4 load_once(const void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16) throw std::runtime_error("misaligned load of 16 bytes");
+    Words4 v;
+    std::memcpy(&v, address, sizeof v);
+    return v;
+}
+inline Words4 load_shared_use(const void* address) { return load_once(address); }
+
+inline void copy_async(void* to, const void* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || reinterpret_cast<uintptr_t>(to) % 16 || bytes < 0 || bytes > 16)
+        throw std::runtime_error("copy_async: misaligned, or not 0 to 16 bytes");
+    emulated::Copy copy{static_cast<uint8_t*>(to), {}};
+    if (bytes) std::memcpy(copy.bytes, from, bytes);
+    machine.current->open.push_back(copy);
+}
+inline void copy_async_commit() {
+    auto& fiber = *machine.current;
+    fiber.groups.push_back(std::move(fiber.open));
+    fiber.open.clear();
+}
+template <int PENDING>
+void copy_async_wait() {
+    auto& groups = machine.current->groups;
+    while (groups.size() > PENDING) {
+        for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+        groups.erase(groups.begin());
+    }
+}
+
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t d = 0;
+    for (int i = 0; i < 4; i++) d |= uint32_t(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
+    return d;
+}
+inline int popcount(uint32_t a) { return __builtin_popcount(a); }
+
+// Rounds a double once to the type's bits: to nearest, ties to even.
+template <class T>
+uint16_t round_to(double value) {
+    constexpr int FRACTION = std::is_same_v<T, Bf16> ? 7 : 10, EXPONENT = std::is_same_v<T, Bf16> ? 8 : 5;
+    constexpr int BIAS = (1 << (EXPONENT - 1)) - 1, INFINITE = ((1 << EXPONENT) - 1) << FRACTION;
+    const int sign = std::signbit(value) ? 0x8000 : 0;
+    if (std::isnan(value)) return 0x7fff;
+    if (std::isinf(value)) return uint16_t(sign | INFINITE);
+    if (value == 0) return uint16_t(sign);
+    const int exponent = std::max(std::ilogb(value), 1 - BIAS);
+    const double units = std::nearbyint(std::ldexp(std::fabs(value), FRACTION - exponent));
+    const auto bits = int64_t(units) + (int64_t(exponent + BIAS - 1) << FRACTION);
+    return uint16_t(sign | (bits >= INFINITE ? INFINITE : bits));
+}
+
+template <class T>
+float to_float(uint16_t value) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+        const uint32_t bits = uint32_t(value) << 16;
+        float f;
+        std::memcpy(&f, &bits, sizeof f);
+        return f;
+    } else {
+        const int exponent = value >> 10 & 31, fraction = value & 1023;
+        const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                           : exponent     ? std::ldexp(float(1024 + fraction), exponent - 25)
+                                          : std::ldexp(float(fraction), -24);
+        return value & 0x8000 ? -size : size;
+    }
+}
+
+template <class T>
+uint32_t pack2(float first, float second) {
+    return round_to<T>(first) | uint32_t(round_to<T>(second)) << 16;
+}
+
+template <class T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const auto half = [shift](uint32_t v) { return double(to_float<T>(uint16_t(v >> shift))); };
+        d |= uint32_t(round_to<T>(half(a) * half(b) + half(c))) << shift;
+    }
+    return d;
+}
+
+inline int round_to_int(float value) { return int(std::nearbyint(value)); }
+
+// What all lanes bring to a product, and where each wants its part of the sum.
+template <class D>
+struct Product {
+    D* d;
+    const uint32_t* a;
+    uint32_t b[4];
+    uint32_t positions;
+};
+
+template <class T>
+float half_of(const uint32_t* registers, int index, int which) {
+    return to_float<T>(uint16_t(registers[index] >> 16 * which));
+}
+
+// Row of element i of an accumulator fragment, and its column.
+inline int d_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
+inline int d_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    Product<float> mine{d, a, {b0, b1}, 0};
+    meet(emulated::my_warp(), emulated::my_lane(), "mma", &mine, [](void* const* all) {
+        float left[16][16], right[16][8];
+        for (int lane = 0; lane < 32; lane++) {
+            const auto& from = *static_cast<Product<float>*>(all[lane]);
+            const int g = lane / 4, c = lane % 4;
+            for (int i = 0; i < 4; i++)
+                for (int h = 0; h < 2; h++) left[g + i % 2 * 8][2 * c + h + i / 2 * 8] = half_of<T>(from.a, i, h);
+            for (int i = 0; i < 2; i++)
+                for (int h = 0; h < 2; h++) right[2 * c + h + 8 * i][g] = half_of<T>(from.b, i, h);
+        }
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++) {
+                float& sum = static_cast<Product<float>*>(all[lane])->d[i];
+                double exact = sum;
+                for (int k = 0; k < 16; k++) exact += double(left[d_row(lane, i)][k]) * right[k][d_column(lane, i)];
+                sum = float(exact);
+            }
+    });
+}
+
+inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    Product<int> mine{d, a, {b0, b1}, 0};
+    meet(emulated::my_warp(), emulated::my_lane(), "mma_s8", &mine, [](void* const* all) {
+        int left[16][32], right[32][8];
+        for (int lane = 0; lane < 32; lane++) {
+            const auto& from = *static_cast<Product<int>*>(all[lane]);
+            const int g = lane / 4, c = lane % 4;
+            for (int i = 0; i < 4; i++)
+                for (int h = 0; h < 4; h++) left[g + i % 2 * 8][4 * c + h + i / 2 * 16] = int8_t(from.a[i] >> 8 * h);
+            for (int i = 0; i < 2; i++)
+                for (int h = 0; h < 4; h++) right[4 * c + h + 16 * i][g] = int8_t(from.b[i] >> 8 * h);
+        }
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++)
+                for (int k = 0; k < 32; k++)
+                    static_cast<Product<int>*>(all[lane])->d[i] +=
+                        left[d_row(lane, i)][k] * right[k][d_column(lane, i)];
+    });
+}
+
+template <class T, int SELECTOR>
+void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
+    Product<float> mine{d, a, {b[0], b[1], b[2], b[3]}, positions};
+    meet(emulated::my_warp(), emulated::my_lane(), "mma_sparse", &mine, [](void* const* all) {
+        float left[16][32] = {}, right[32][8];
+        for (int lane = 0; lane < 32; lane++) {
+            const auto& from = *static_cast<Product<float>*>(all[lane]);
+            const int g = lane / 4, c = lane % 4;
+            for (int i = 0; i < 4; i++) {
+                const int row = g + i % 2 * 8, quad = c + i / 2 * 4;
+                const auto& meta = *static_cast<Product<float>*>(all[4 * g + 2 * SELECTOR + quad / 4]);
+                const uint32_t nibble = meta.positions >> (16 * (i % 2) + 4 * (quad % 4)) & 15;
+                if ((nibble & 3) >= nibble >> 2) throw std::runtime_error("mma_sparse: positions out of order");
+                for (int h = 0; h < 2; h++) left[row][4 * quad + (nibble >> 2 * h & 3)] = half_of<T>(from.a, i, h);
+            }
+            for (int i = 0; i < 4; i++)
+                for (int h = 0; h < 2; h++) right[2 * c + h + 8 * i][g] = half_of<T>(from.b, i, h);
+        }
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++) {
+                float& sum = static_cast<Product<float>*>(all[lane])->d[i];
+                double exact = sum;
+                for (int k = 0; k < 32; k++) exact += double(left[d_row(lane, i)][k]) * right[k][d_column(lane, i)];
+                sum = float(exact);
+            }
+    });
+}
+
+}  // namespace llmkern::cuda

@@ -1,0 +1,126 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <string>
+
+namespace llmkern::cuda::emulated {
+
+Machine machine;
+
+namespace {
+
+constexpr size_t STACK_BYTES = 64 * 1024;
+ucontext_t scheduler;
+std::exception_ptr failure;
+const std::function<void()>* kernel_body = nullptr;
+
+void enter() {
+    Fiber* const me = machine.current;
+    try {
+        (*kernel_body)();
+        bool waited = me->open.empty();
+        for (const auto& group : me->groups) waited = waited && group.empty();
+        // What nobody waited for may land when the memory is another block's.
+        if (!waited) throw std::runtime_error("a thread ended with asynchronous copies that it never waited for");
+    } catch (...) {
+        failure = std::current_exception();
+    }
+    me->done = true;
+    // A block that has ended has no memory any more, whatever its cluster still reads there.
+    if (--me->block->running == 0) std::fill(me->block->memory.begin(), me->block->memory.end(), uint8_t(0xff));
+    machine.steps++;
+    swapcontext(&me->context, &scheduler);
+}
+
+std::unique_ptr<Fiber> make_fiber(Block& block, int thread, int rank) {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->block = &block;
+    fiber->thread = thread;
+    fiber->rank = rank;
+    fiber->stack = std::make_unique<uint8_t[]>(STACK_BYTES);
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_size = STACK_BYTES;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, enter, 0);
+    return fiber;
+}
+
+void run_fibers(std::vector<std::unique_ptr<Fiber>>& fibers) {
+    // Every other round in reverse, so that what works only in one order of warps shows.
+    for (bool reverse = false;; reverse = !reverse) {
+        const long before = machine.steps;
+        bool running = false;
+        for (size_t i = 0; i < fibers.size(); i++) {
+            Fiber& fiber = *fibers[reverse ? fibers.size() - 1 - i : i];
+            if (fiber.done) continue;
+            running = true;
+            machine.current = &fiber;
+            swapcontext(&scheduler, &fiber.context);
+            if (failure) std::rethrow_exception(failure);
+        }
+        if (!running) return;
+        if (machine.steps == before) throw std::runtime_error("deadlock: every thread waits");
+    }
+}
+
+}  // namespace
+
+Block::Block(Index index, int threads, size_t shared_bytes)
+    : index(index),
+      memory(shared_bytes + 1024, 0xff),  // all ones: a NaN in every float type, so that nobody counts on zeros
+      warps((threads + LANES - 1) / LANES, Group(LANES)),
+      warpgroups((threads + 4 * LANES - 1) / (4 * LANES), Group(4 * LANES)),
+      all(threads),
+      running(threads) {
+    shared = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024) % 1024;
+}
+
+void wait_until(const std::function<bool()>& ready) {
+    Fiber* const me = machine.current;
+    while (!ready()) swapcontext(&me->context, &scheduler);
+    machine.steps++;
+}
+
+void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work) {
+    if (group.arrived == 0) group.operation = operation;
+    if (std::strcmp(group.operation, operation) != 0)
+        throw std::runtime_error(std::string("threads that must do the same are at ") + group.operation + " and " +
+                                 operation);
+    group.records[place] = record;
+    machine.steps++;
+    if (++group.arrived == group.size) {
+        work(group.records.data());
+        group.arrived = 0;
+        group.generation++;
+    } else {
+        const long mine = group.generation;
+        wait_until([&] { return group.generation != mine; });
+    }
+}
+
+void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std::function<void()>& body) {
+    if (grid.y % cluster_y) throw std::runtime_error("the grid is no multiple of the cluster");
+    if (threads % LANES) throw std::runtime_error("a block of part of a warp is not emulated");
+    if (shared_bytes > 227 * 1024) throw std::runtime_error("more shared memory than a block can have");
+    kernel_body = &body;
+    failure = nullptr;
+    for (int z = 0; z < grid.z; z++)
+        for (int y = 0; y < grid.y; y += cluster_y)
+            for (int x = 0; x < grid.x; x++) {
+                machine.cluster.clear();
+                machine.cluster_group = std::make_unique<Group>(threads * cluster_y);
+                std::vector<std::unique_ptr<Fiber>> fibers;
+                for (int rank = 0; rank < cluster_y; rank++) {
+                    machine.cluster.push_back(std::make_unique<Block>(Index{x, y + rank, z}, threads, shared_bytes));
+                    for (int thread = 0; thread < threads; thread++)
+                        fibers.push_back(make_fiber(*machine.cluster.back(), thread, rank));
+                }
+                run_fibers(fibers);
+            }
+    machine.current = nullptr;
+}
+
+}  // namespace llmkern::cuda::emulated

@@ -1,0 +1,80 @@
+// A GPU on a CPU, for values: every thread of a block (of all blocks of a cluster) is a fiber, run in turns. A fiber
+// goes on until it waits: for the block, for its warp's other lanes, for the cluster. It shows arithmetic, indices,
+// barriers that are missing or not met by all, and what asynchronous copies leave unwritten. It shows nothing of speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+namespace llmkern::cuda::emulated {
+
+constexpr int LANES = 32;
+
+struct Index {
+    int x, y, z;
+};
+
+struct Group {  // threads that meet: a warp, four warps, a block, a cluster
+    explicit Group(int size) : size(size), records(size) {}
+    int size;
+    int arrived = 0;
+    long generation = 0;
+    const char* operation = nullptr;
+    std::vector<void*> records;
+};
+
+struct Copy {  // of copy_async, not done before it is waited for
+    uint8_t* to;
+    uint8_t bytes[16];
+};
+
+struct Block {
+    Index index;
+    std::vector<uint8_t> memory;
+    uint8_t* shared;  // aligned, in memory
+    std::vector<Group> warps, warpgroups;
+    Group all;
+    int running;
+    Block(Index index, int threads, size_t shared_bytes);
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<uint8_t[]> stack;
+    Block* block;
+    int thread;
+    int rank;  // of the block in its cluster
+    bool done = false;
+    std::vector<std::vector<Copy>> groups;  // committed, oldest first
+    std::vector<Copy> open;
+};
+
+struct Machine {
+    Fiber* current = nullptr;
+    std::vector<std::unique_ptr<Block>> cluster;
+    std::unique_ptr<Group> cluster_group;
+    long steps = 0;  // of any fiber past something that it waited for
+};
+
+extern Machine machine;
+
+// Back to the others, until `ready`.
+void wait_until(const std::function<bool()>& ready);
+
+// Every thread of the group brings a record; the last one runs `work` on all of them. Raises when they do not come for
+// the same operation.
+void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work);
+
+inline Group& my_warp() { return machine.current->block->warps[machine.current->thread / LANES]; }
+inline int my_lane() { return machine.current->thread % LANES; }
+
+// Runs `body` for every thread of every block.
+void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std::function<void()>& body);
+
+}  // namespace llmkern::cuda::emulated
