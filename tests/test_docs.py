@@ -39,8 +39,15 @@ def test_the_kernel_table_is_the_registrys(tables):
         pytest.skip("the native module is not built")
     known = {level.name for level in _features.levels()}
     for op, levels in tables.built().items():
-        rows = [row.kernel for row in llmkern.kernels(op)]
+        rows = [row.kernel for row in llmkern.kernels(op) if row.device != "cuda"]
         assert rows == [f"cpu.{level}" for level in reversed(levels) if level in known] + ["reference"]
+
+
+def test_the_gpu_table_is_the_registrys(tables):
+    if _features.cuda is None:
+        pytest.skip("the CUDA module is not built")
+    for op, kernels in tables.built_for_gpu().items():
+        assert {row.kernel for row in llmkern.kernels(op) if row.device == "cuda"} == set(kernels)
 
 
 def test_every_op_is_in_the_table(tables):

@@ -26,6 +26,18 @@ def built() -> dict[str, list[str]]:
     return found
 
 
+def built_for_gpu() -> dict[str, list[str]]:
+    """Op -> its GPU rows: the kernels of csrc/cuda and `triton`."""
+    found = {}
+    for op in built():
+        rows = ROOT / "csrc/cuda" / op / "kernels.def"
+        text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
+        found[op] = [f"cuda.{kernel}" for kernel in re.findall(r"^LLMKERN_KERNEL\((\w+)\)", text, re.MULTILINE)]
+        if (ROOT / "python/llmkern/ops" / op / "triton.py").is_file():
+            found[op].append("triton")
+    return found
+
+
 def levels() -> list[str]:
     """Every level of levels.def, lowest first."""
     text = (ROOT / "csrc/common/levels.def").read_text(encoding="utf-8")
@@ -44,6 +56,15 @@ def kernels_table() -> str:
     columns = [level for level in levels() if any(level in names for names in ops.values())]
     rows = [[f"`{op}`"] + ["yes" if level in names else "" for level in columns] for op, names in ops.items()]
     return table(["op", *(f"`cpu.{level}`" for level in columns)], rows)
+
+
+def gpu_table() -> str:
+    """Op x GPU row."""
+    ops = built_for_gpu()
+    columns = list(dict.fromkeys(row for rows in ops.values() for row in rows if row != "triton"))
+    columns += ["triton"] if any("triton" in rows for rows in ops.values()) else []
+    rows = [[f"`{op}`"] + ["yes" if column in names else "" for column in columns] for op, names in ops.items()]
+    return table(["op", *(f"`{column}`" for column in columns)], rows)
 
 
 def results() -> str:
@@ -97,7 +118,7 @@ SECTIONS = (("quality", quality), ("demo", demo))
 
 def rendered(text: str) -> str:
     """The README with its tables as they should be."""
-    for name, body in (("kernels", kernels_table()), ("results", results())):
+    for name, body in (("kernels", kernels_table()), ("gpu kernels", gpu_table()), ("results", results())):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = text.split(start)
         text = f"{head}{start}\n\n{body}\n\n{end}{rest.split(end)[1]}"

@@ -18,11 +18,16 @@ N, K, M, GROUP = 37, 136, 3, 64  # nothing is a multiple of a vector, and the la
 SOLVER_SHARE = 0.98
 
 
-def check(op: str, kernel: str) -> str:
-    """ "ok", or a sentence that says what is wrong."""
+def check(op: str, kernel: str, device: str = "cpu") -> str:
+    """ "ok", or a sentence that says what is wrong. On a GPU the linear ops get bf16 x."""
     args = cases().get(op)
     if args is None:
         return "has no self-test"
+    if device == "cuda":
+        args = tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
+        if op.endswith("linear"):
+            args = (args[0].bfloat16(), *args[1:])
+    tolerance = 2e-2 if args[0].dtype == torch.bfloat16 else 1e-3
     try:
         with force("reference"):
             wanted = _tensors(OPS[op](*args))
@@ -31,7 +36,9 @@ def check(op: str, kernel: str) -> str:
     except Exception as error:
         return f"raised {type(error).__name__}: {error}".replace("\n", "; ")
     for mine, right in zip(got, wanted, strict=True):
-        close = torch.isclose(mine.float(), right.float(), rtol=1e-3, atol=1e-3 * float(right.float().abs().max()))
+        close = torch.isclose(
+            mine.float(), right.float(), rtol=tolerance, atol=tolerance * float(right.float().abs().max())
+        )
         if close.float().mean() < (1 if op.endswith("linear") else SOLVER_SHARE):
             return f"differs from the reference in {int((~close).sum())} of {close.numel()} elements"
     return "ok"

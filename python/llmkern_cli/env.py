@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     rows = []
     for row in llmkern.kernels():
-        tested = _selftest.check(row.op, row.kernel) if row.runnable else None
+        tested = _selftest.check(row.op, row.kernel, row.device) if row.runnable else None
         rows.append({**row._asdict(), "reason": _pasteable(row.reason), "self_test": tested})
     result: dict[str, Any] = {
         "llmkern": llmkern.__version__,
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native": _pasteable(_features.native_error) or "loaded",
+        "cuda": _pasteable(_features.cuda_error) or "loaded",
         "disabled": sorted(_features.disabled()),
         "levels": [level._asdict() for level in _features.levels()],
         "kernels": rows,
@@ -61,6 +62,7 @@ def show(result: dict[str, Any]) -> str:
         ("threads", str(result["threads"])),
         ("GPUs", ", ".join(result["gpus"]) or "none"),
         ("native module", result["native"]),
+        ("CUDA module", result["cuda"]),
         ("CPU levels", levels or "none"),
     ]
     if result["disabled"]:

@@ -28,6 +28,8 @@ void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const
                   int(l.k),
                   plan.splits,
                   {l.bias, l.bias_dtype, l.y, l.m, l.n}};
+    if (l.n * groups > INT32_MAX || l.n * row_bytes / 16 > UINT32_MAX)  // what the kernel counts in 32 bits
+        throw std::runtime_error(std::string(name) + ": the weight is too large");
     const bool coarse = groups == 1 || args.group_size % (4 * Format::LANE_COLUMNS) == 0;
     if (!coarse && args.group_size % Format::LANE_COLUMNS)
         throw std::runtime_error(std::string(name) + ": no multiple of " + std::to_string(Format::LANE_COLUMNS) +

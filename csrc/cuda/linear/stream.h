@@ -48,16 +48,20 @@ struct Stream {
 
     const StreamArgs& args;
     const int g = thread() % 32 / 4, c = thread() % 4;
-    const int64_t first_row, first_token;
+    const int first_row;
+    const int64_t first_token;
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     Half x[2];  // of a chunk: while one is used, the next one is on its way
 
-    LLMKERN_DEVICE Stream(const StreamArgs& args, int64_t first_row, int64_t first_token)
+    LLMKERN_DEVICE Stream(const StreamArgs& args, int first_row, int64_t first_token)
         : args(args), first_row(first_row), first_token(first_token) {}
 
-    LLMKERN_DEVICE Words4 load_codes(int64_t row, int byte) const {
+    LLMKERN_DEVICE Words4 load_codes(int row, int byte) const {
+        if (ALIGNED) {
+            const unsigned sixteenth = unsigned(row) * unsigned(args.row_bytes / 16) + byte / 16;  // 32 bits are enough
+            return byte < args.row_bytes ? load_once(args.codes + size_t(sixteenth) * 16) : Words4{};
+        }
         const uint8_t* const at = args.codes + row * int64_t(args.row_bytes) + byte;
-        if (ALIGNED) return byte < args.row_bytes ? load_once(at) : Words4{};
         Words4 v{};
 #pragma unroll
         for (int i = 0; i < 16; i++)
@@ -96,8 +100,8 @@ struct Stream {
             if (r % 2 == 0) stage.zeros[r / 2] = 0;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int64_t row = smaller<int64_t>(first_row + 16 * r + 8 * h + g, args.out.n - 1);
-                const int64_t at = row * args.groups + group;
+                const int row = smaller(first_row + 16 * r + 8 * h + g, int(args.out.n) - 1);
+                const int at = row * args.groups + group;
                 stage.w[r][h] = load_codes(row, byte);
                 stage.scale[r][h] = load_float(args.scales, at, args.scales_dtype);
                 if (args.zeros) stage.zeros[r / 2] |= uint32_t(uint8_t(args.zeros[at])) << (r % 2 * 16 + h * 8);
@@ -180,7 +184,7 @@ struct Stream {
 
 template <class Format, class T, int ROW_TILES, int TOKEN_TILES, int DEPTH, bool FINE, bool ALIGNED>
 __global__ void __launch_bounds__(STREAM_WARPS * 32) stream_kernel(StreamArgs args) {
-    Stream<Format, T, ROW_TILES, TOKEN_TILES, DEPTH, FINE, ALIGNED> stream(args, int64_t(block_x()) * ROW_TILES * 16,
+    Stream<Format, T, ROW_TILES, TOKEN_TILES, DEPTH, FINE, ALIGNED> stream(args, block_x() * ROW_TILES * 16,
                                                                            int64_t(block_z()) * TOKEN_TILES * 8);
     stream.run(block_y());
 }

@@ -53,11 +53,8 @@ def lacking(kernel: str) -> str:
     """Why no GPU here can run this kernel; empty if one can."""
     if not torch.cuda.is_available():
         return "this machine has no CUDA device that torch can use"
-    return (
-        ""
-        if any(not _refused(kernel, gpu_of(i)) for i in range(torch.cuda.device_count()))
-        else _refused(kernel, gpu_of(0))
-    )
+    refusals = [_refused(kernel, gpu_of(i)) for i in range(torch.cuda.device_count())]
+    return "" if "" in refusals else refusals[0]
 
 
 def _refused(kernel: str, gpu: Gpu) -> str:
