@@ -85,6 +85,19 @@ LLMKERN_DEVICE Words4 load_shared_use(const void* address) {
     return v;
 }
 
+// 4 bytes, or 2 with zeros above, without a branch between the two.
+LLMKERN_DEVICE uint32_t load_2_or_4(const void* address, bool four) {
+    uint32_t v;
+    asm volatile(
+        "{\n.reg .pred four;\n"
+        "setp.ne.s32 four, %2, 0;\n"
+        "@four ld.global.nc.u32 %0, [%1];\n"
+        "@!four ld.global.nc.u16 %0, [%1];\n}\n"
+        : "=r"(v)
+        : "l"(address), "r"(int(four)));
+    return v;
+}
+
 // Shared memory from global memory in the background: `bytes` (0 to 16) of the 16, zeros for the rest.
 LLMKERN_DEVICE void copy_async(void* to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -99,6 +112,13 @@ LLMKERN_DEVICE void copy_async_wait() {
 
 // Bytes of a and b by the selector's nibbles: 0 to 3 are a's, 4 to 7 b's.
 LLMKERN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// (a & mask) | bits as one instruction: the compiler makes two of it when both are constants.
+LLMKERN_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
+LLMKERN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 LLMKERN_DEVICE int popcount(uint32_t a) { return __popc(a); }
 
 template <class T>
@@ -131,6 +151,8 @@ LLMKERN_DEVICE uint32_t pack2<F16>(float first, float second) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(d) : "f"(second), "f"(first));
     return d;
 }
+
+LLMKERN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 template <class T>
 LLMKERN_DEVICE float to_float(uint16_t value);

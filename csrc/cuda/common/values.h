@@ -6,10 +6,19 @@
 
 namespace llmkern::cuda {
 
+// In two steps, so that a value can be on its way while others are used: its bits as they lie in memory, and the float
+// that they are.
+LLMKERN_DEVICE uint32_t load_bits(const void* values, int64_t at, DType dtype) {
+    const bool four = dtype == DType::F32;
+    return load_2_or_4(static_cast<const uint8_t*>(values) + at * (four ? 4 : 2), four);
+}
+LLMKERN_DEVICE float bits_to_float(uint32_t bits, DType dtype) {
+    const float wide = as_float(bits << (dtype == DType::BF16 ? 16 : 0));  // no branch for what is not fp16
+    return dtype == DType::F16 ? to_float<F16>(uint16_t(bits)) : wide;
+}
+
 LLMKERN_DEVICE float load_float(const void* values, int64_t at, DType dtype) {
-    if (dtype == DType::F32) return static_cast<const float*>(values)[at];
-    const uint16_t bits = static_cast<const uint16_t*>(values)[at];
-    return dtype == DType::BF16 ? to_float<Bf16>(bits) : to_float<F16>(bits);
+    return bits_to_float(load_bits(values, at, dtype), dtype);
 }
 
 template <class V>

@@ -17,13 +17,13 @@ struct Magic;  // a number of which the lowest bits of the fraction count ones
 template <>
 struct Magic<Bf16> {
     static constexpr uint32_t PAIR = 0x43004300;  // 128
-    static constexpr float VALUE = 128;
+    static constexpr int NEGATIVE = 0xc300;       // -128
     static constexpr uint32_t ONE = 0x3f803f80, MINUS_ONE = 0xbf80bf80;
 };
 template <>
 struct Magic<F16> {
     static constexpr uint32_t PAIR = 0x64006400;  // 1024
-    static constexpr float VALUE = 1024;
+    static constexpr int NEGATIVE = 0xe400;
     static constexpr uint32_t ONE = 0x3c003c00, MINUS_ONE = 0xbc00bc00;
     static constexpr uint32_t SIXTEENTH = 0x2c002c00;
 };
@@ -41,8 +41,9 @@ struct Int4 {
     };
     template <class T>
     static LLMKERN_DEVICE Offset<T> offset(int zero) {
-        const float low = -(Magic<T>::VALUE + 8 + float(zero)), high = -(Magic<T>::VALUE / 16 + 8 + float(zero));
-        return {pack2<T>(low, low), pack2<T>(high, high)};
+        // Both are numbers whose fraction counts ones (low) or sixteenths (high), so integers make them.
+        const uint32_t both = 0x00010001;
+        return {uint32_t(Magic<T>::NEGATIVE + 8 + zero) * both, uint32_t(0xd480 + 16 * zero) * both};
     }
 
     // q - zero for the eight codes of a word.
@@ -53,13 +54,13 @@ struct Int4 {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t w = word >> 8 * i;
-                pairs[2 * i] = fma2<T>((w & 0x000f000f) | Magic<T>::PAIR, Magic<T>::ONE, offset.low);
-                pairs[2 * i + 1] = fma2<T>((w & 0x00f000f0) | Magic<T>::PAIR, Magic<T>::SIXTEENTH, offset.high);
+                pairs[2 * i] = fma2<T>(and_or(w, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, offset.low);
+                pairs[2 * i + 1] = fma2<T>(and_or(w, 0x00f000f0, Magic<T>::PAIR), Magic<T>::SIXTEENTH, offset.high);
             }
         } else {
 #pragma unroll
             for (int i = 0; i < PAIRS; i++)
-                pairs[i] = fma2<T>((word >> 4 * i & 0x000f000f) | Magic<T>::PAIR, Magic<T>::ONE, offset.low);
+                pairs[i] = fma2<T>(and_or(word >> 4 * i, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, offset.low);
         }
     }
 
@@ -92,8 +93,8 @@ struct Int8 {
         for (int i = 0; i < PAIRS; i++) {
             if constexpr (std::is_same_v<T, F16>) {
                 // code + 128 is a byte, which 1024 and more hold.
-                const uint32_t bytes = (word ^ 0x80808080) >> 8 * i & 0x00ff00ff;
-                pairs[i] = fma2<T>(bytes | Magic<T>::PAIR, Magic<T>::ONE, offset.pair);
+                const uint32_t bytes = (word ^ 0x80808080) >> 8 * i;
+                pairs[i] = fma2<T>(and_or(bytes, 0x00ff00ff, Magic<T>::PAIR), Magic<T>::ONE, offset.pair);
             } else {
                 // bf16 has room for seven bits: (128 + code % 128) - (128 or 256), then the zero.
                 const uint32_t w = word >> 8 * i;

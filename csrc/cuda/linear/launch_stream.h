@@ -24,7 +24,7 @@ void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const
                   args.scales_dtype,
                   args.zeros,
                   groups,
-                  int(args.group_size),
+                  Divisor::of(uint32_t(args.group_size)),
                   int(l.k),
                   plan.splits,
                   {l.bias, l.bias_dtype, l.y, l.m, l.n}};
@@ -34,7 +34,8 @@ void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const
     if (!coarse && args.group_size % Format::LANE_COLUMNS)
         throw std::runtime_error(std::string(name) + ": no multiple of " + std::to_string(Format::LANE_COLUMNS) +
                                  " columns in a group: " + std::to_string(args.group_size));
-    const bool aligned = row_bytes % 16 == 0 && l.k % 8 == 0 && aligned16(l.x) && aligned16(args.codes);
+    const bool aligned =
+        row_bytes % 16 == 0 && l.k % 8 == 0 && aligned16(l.x) && aligned16(args.codes) && l.n >= 16 * plan.row_tiles;
     const auto start = [&](auto kernel, int row_tiles, int token_tiles) {
         Grid grid;
         grid.x = unsigned((l.n + 16 * row_tiles - 1) / (16 * row_tiles));
@@ -51,7 +52,7 @@ void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const
     // Groups of any number of lanes' columns, and scales per row: what is not aligned takes the finer way throughout.
     if (!aligned) return start(stream_kernel<Format, T, 1, 1, 1, true, false>, 1, 1);
     LLMKERN_STREAM(1, 1, 4);
-    LLMKERN_STREAM(2, 1, 4);
+    LLMKERN_STREAM(2, 1, 2);
     LLMKERN_STREAM(4, 2, 2);
 #undef LLMKERN_STREAM
     throw std::runtime_error(std::string(name) + ": no instance for " + std::to_string(plan.row_tiles) +

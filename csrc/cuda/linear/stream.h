@@ -9,6 +9,7 @@
 // its own bytes of w.
 #pragma once
 
+#include "cuda/common/divisor.h"
 #include "cuda/common/instructions.h"
 #include "cuda/common/values.h"
 #include "cuda/linear/codes.h"
@@ -24,7 +25,7 @@ struct StreamArgs {
     DType scales_dtype;
     const int8_t* zeros;
     int groups;
-    int group_size;
+    Divisor group_size;
     int k;
     int splits;
     Output out;
@@ -39,10 +40,10 @@ struct Stream {
     static constexpr int LANE = Format::LANE_COLUMNS, CHUNK = 4 * LANE, PAIRS = Format::PAIRS;
     static constexpr int HALF_PAIRS = LANE / 4;  // of x, for half of the chunk: two words of w
 
+    // Nothing is computed from what is on its way: that would wait for it.
     struct Stage {
         Words4 w[ROW_TILES][2];
-        float scale[ROW_TILES][2];
-        uint32_t zeros[(ROW_TILES + 1) / 2];  // a byte for each row
+        uint32_t scale[ROW_TILES][2];
     };
     using Half = uint32_t[TOKEN_TILES][HALF_PAIRS];
 
@@ -52,16 +53,28 @@ struct Stream {
     const int64_t first_token;
     float acc[ROW_TILES][TOKEN_TILES][4] = {};
     Half x[2];  // of a chunk: while one is used, the next one is on its way
+    int zero[ROW_TILES][2] = {};
+
+    const uint8_t* const codes_at;      // of this lane's first row, its part of the first chunk
+    const uint16_t* x_at[TOKEN_TILES];  // of this lane's rows of x, likewise
 
     LLMKERN_DEVICE Stream(const StreamArgs& args, int first_row, int64_t first_token)
-        : args(args), first_row(first_row), first_token(first_token) {}
-
-    LLMKERN_DEVICE Words4 load_codes(int row, int byte) const {
-        if (ALIGNED) {
-            const unsigned sixteenth = unsigned(row) * unsigned(args.row_bytes / 16) + byte / 16;  // 32 bits are enough
-            return byte < args.row_bytes ? load_once(args.codes + size_t(sixteenth) * 16) : Words4{};
+        : args(args),
+          first_row(first_row),
+          first_token(first_token),
+          codes_at(args.codes + int64_t(row(0, 0)) * args.row_bytes + c * 16) {
+        // Rows of x beyond the last are read as the last one, which is in L1 anyway: nobody stores what comes of them.
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; t++) {
+            const int64_t token = smaller<int64_t>(first_token + 8 * t + g, args.out.m - 1);
+            x_at[t] = static_cast<const uint16_t*>(args.x) + token * args.k + c * LANE;
         }
-        const uint8_t* const at = args.codes + row * int64_t(args.row_bytes) + byte;
+    }
+
+    LLMKERN_DEVICE Words4 load_codes(int tile, int half, int chunk) const {
+        const int byte = chunk * 64 + c * 16;
+        const uint8_t* const at = codes_at + (int64_t(row(tile, half) - row(0, 0)) * args.row_bytes + chunk * 64);
+        if (ALIGNED) return byte < args.row_bytes ? load_once(at) : Words4{};
         Words4 v{};
 #pragma unroll
         for (int i = 0; i < 16; i++)
@@ -73,18 +86,16 @@ struct Stream {
         const int column = chunk * CHUNK + c * LANE + half * LANE / 2;
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
-            const int64_t token = first_token + 8 * t + g;
-            const uint16_t* const at = static_cast<const uint16_t*>(args.x) + token * args.k + column;
+            const uint16_t* const at = x_at[t] + int64_t(chunk) * CHUNK + half * LANE / 2;
 #pragma unroll
             for (int i = 0; i < HALF_PAIRS; i += 4) {
                 Words4 v{};
                 if (ALIGNED) {
-                    if (token < args.out.m && column + 2 * i < args.k) v = load_shared_use(at + 2 * i);
+                    if (column + 2 * i < args.k) v = load_shared_use(at + 2 * i);
                 } else {
 #pragma unroll
                     for (int j = 0; j < 8; j++)
-                        if (token < args.out.m && column + 2 * i + j < args.k)
-                            v.w[j / 2] |= uint32_t(at[2 * i + j]) << j % 2 * 16;
+                        if (column + 2 * i + j < args.k) v.w[j / 2] |= uint32_t(at[2 * i + j]) << j % 2 * 16;
                 }
 #pragma unroll
                 for (int j = 0; j < 4; j++) to[t][i + j] = v.w[j];
@@ -92,21 +103,35 @@ struct Stream {
         }
     }
 
+    LLMKERN_DEVICE int group_of(int chunk) const {
+        return args.group_size.divide(smaller(chunk * CHUNK + c * LANE, args.k - 1));
+    }
+
+    // Row of w of this lane's part of a tile. ALIGNED: the last block starts early enough to be whole, so some rows are
+    // computed twice; otherwise the last row stands for those beyond it, and nobody stores them.
+    LLMKERN_DEVICE int row(int tile, int half) const {
+        const int mine = first_row + 16 * tile + 8 * half + g;
+        return ALIGNED ? mine : smaller(mine, int(args.out.n) - 1);
+    }
+
     LLMKERN_DEVICE void load(Stage& stage, int chunk) const {
-        const int column = chunk * CHUNK + c * LANE, byte = chunk * 64 + c * 16;
-        const int group = smaller(column, args.k - 1) / args.group_size;
+        const int group = group_of(chunk);
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; r++) {
-            if (r % 2 == 0) stage.zeros[r / 2] = 0;
+        for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int row = smaller(first_row + 16 * r + 8 * h + g, int(args.out.n) - 1);
-                const int at = row * args.groups + group;
-                stage.w[r][h] = load_codes(row, byte);
-                stage.scale[r][h] = load_float(args.scales, at, args.scales_dtype);
-                if (args.zeros) stage.zeros[r / 2] |= uint32_t(uint8_t(args.zeros[at])) << (r % 2 * 16 + h * 8);
+                stage.w[r][h] = load_codes(r, h, chunk);
+                stage.scale[r][h] = load_bits(args.scales, row(r, h) * args.groups + group, args.scales_dtype);
             }
-        }
+    }
+
+    // One chunk ahead: a row's zeros are so few bytes that all but the first come from L1.
+    LLMKERN_DEVICE void load_zeros(int (&to)[ROW_TILES][2], int chunk) const {
+        const int group = group_of(chunk);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) to[r][h] = args.zeros[row(r, h) * args.groups + group];
     }
 
     // Two words of w; `into`: the sums.
@@ -126,11 +151,11 @@ struct Stream {
                 uint32_t pairs[2][PAIRS];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    const int zero = int8_t(stage.zeros[r / 2] >> (r % 2 * 16 + h * 8));
-                    const auto offset = Format::template offset<T>(zero);
+                    const auto offset = Format::template offset<T>(zero[r][h]);
                     Format::template decode<T>(stage.w[r][h].w[first_word + i], offset, pairs[h]);
                     if (FINE) {
-                        const uint32_t scale = pack2<T>(stage.scale[r][h], stage.scale[r][h]);
+                        const float value = bits_to_float(stage.scale[r][h], args.scales_dtype);
+                        const uint32_t scale = pack2<T>(value, value);
 #pragma unroll
                         for (int j = 0; j < PAIRS; j++) pairs[h][j] = fma2<T>(pairs[h][j], scale, MINUS_ZERO);
                     }
@@ -148,17 +173,25 @@ struct Stream {
     LLMKERN_DEVICE void multiply(const Stage& stage, int chunk, int next) {
         float sums[ROW_TILES][TOKEN_TILES][4] = {};
         auto& into = FINE ? acc : sums;
+        int next_zero[ROW_TILES][2];
+        if (args.zeros) load_zeros(next_zero, next);
         load_x(x[1], chunk, 1);
         multiply_half(stage, x[0], 0, into);
         load_x(x[0], next, 0);
         multiply_half(stage, x[1], 2, into);
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                if (args.zeros) zero[r][h] = next_zero[r][h];
         if (!FINE) {
 #pragma unroll
             for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
                 for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) acc[r][t][i] += stage.scale[r][i / 2] * sums[r][t][i];
+                    for (int i = 0; i < 4; i++)
+                        acc[r][t][i] += bits_to_float(stage.scale[r][i / 2], args.scales_dtype) * sums[r][t][i];
         }
     }
 
@@ -171,6 +204,7 @@ struct Stream {
         for (int d = 0; d < DEPTH; d++)
             if (first + d * step < chunks) load(stages[d], first + d * step);
         load_x(x[0], first, 0);
+        if (args.zeros) load_zeros(zero, first);
         for (int chunk = first; chunk < chunks; chunk += DEPTH * step)
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
@@ -183,7 +217,7 @@ struct Stream {
 };
 
 template <class Format, class T, int ROW_TILES, int TOKEN_TILES, int DEPTH, bool FINE, bool ALIGNED>
-__global__ void __launch_bounds__(STREAM_WARPS * 32) stream_kernel(StreamArgs args) {
+__global__ void __launch_bounds__(STREAM_WARPS * 32, ROW_TILES > 2 ? 1 : 2) stream_kernel(StreamArgs args) {
     Stream<Format, T, ROW_TILES, TOKEN_TILES, DEPTH, FINE, ALIGNED> stream(args, block_x() * ROW_TILES * 16,
                                                                            int64_t(block_z()) * TOKEN_TILES * 8);
     stream.run(block_y());

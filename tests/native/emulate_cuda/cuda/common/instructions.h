@@ -90,6 +90,13 @@ inline Words4 load_once(const void* address) {
 }
 inline Words4 load_shared_use(const void* address) { return load_once(address); }
 
+inline uint32_t load_2_or_4(const void* address, bool four) {
+    if (reinterpret_cast<uintptr_t>(address) % (four ? 4 : 2)) throw std::runtime_error("misaligned load");
+    uint32_t v = 0;
+    std::memcpy(&v, address, four ? 4 : 2);
+    return v;
+}
+
 inline void copy_async(void* to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || reinterpret_cast<uintptr_t>(to) % 16 || bytes < 0 || bytes > 16)
         throw std::runtime_error("copy_async: misaligned, or not 0 to 16 bytes");
@@ -117,6 +124,8 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; i++) d |= uint32_t(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
     return d;
 }
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline int popcount(uint32_t a) { return __builtin_popcount(a); }
 
 // Rounds a double once to the type's bits: to nearest, ties to even.
@@ -134,13 +143,16 @@ uint16_t round_to(double value) {
     return uint16_t(sign | (bits >= INFINITE ? INFINITE : bits));
 }
 
+inline float as_float(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
 template <class T>
 float to_float(uint16_t value) {
     if constexpr (std::is_same_v<T, Bf16>) {
-        const uint32_t bits = uint32_t(value) << 16;
-        float f;
-        std::memcpy(&f, &bits, sizeof f);
-        return f;
+        return as_float(uint32_t(value) << 16);
     } else {
         const int exponent = value >> 10 & 31, fraction = value & 1023;
         const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
