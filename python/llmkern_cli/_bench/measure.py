@@ -18,9 +18,9 @@ KEPT_BELOW = 1e-4  # no rounding of random activations to int8 is as exact
 CHECKED_ROWS = 512  # of the weight: enough to see any wrong block, and 64-bit products stay cheap
 
 
-def input_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
+def input_rows(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Random x [M, K]."""
-    return torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(m, k, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
 
 
 def as_tensor(result: Any) -> Tensor:
@@ -34,7 +34,10 @@ def check(candidate: Candidate, call: Callable[[], Any], x: Tensor) -> float:
     n = len(candidate.exact)
     at = torch.linspace(0, n - 1, min(n, CHECKED_ROWS)).long()
     exact = x.double() @ candidate.exact[at].double().T
-    got = as_tensor(call()).reshape(len(x), n)
+    result = call()
+    if candidate.finish is not None:
+        result = candidate.finish(result, candidate.layers[0], x)
+    got = as_tensor(result).reshape(len(x), n)
     error = float((got[:, at] - exact).norm() / exact.norm())
     allowed = TOLERANCE[candidate.dtype] if candidate.row["activations"] == KEPT else INT8_TOLERANCE
     if not error <= allowed or not bool(got.isfinite().all()):
@@ -78,6 +81,8 @@ def _measure_at(
         assert candidate.bind is not None
         _grow(candidate, 1)
         x = input_rows(m, candidate.row["k"], candidate.dtype)
+        if candidate.kernel_at is not None:
+            rows[at]["kernel"] = candidate.kernel_at(x)
         call = candidate.bind(candidate.layers[0], x)
         rows[at]["error"] = check(candidate, call, x)
         bursts[str(at)], calls[str(at)] = timing.burst(call), [call]
