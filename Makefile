@@ -1,5 +1,5 @@
 # Everything from a fresh machine: needs Python 3.10+ (PYTHON=python3.12 picks another), a C++17 compiler, and make.
-#   make demo   make test   make lint   make sanitize   make cross   make emulate   make bench   make clean
+#   make demo   make test   make lint   make sanitize   make cross   make emulate   make bench   make gpu   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' 
 # The demo's model is in a package; nothing is looked up on the hub.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test lint sanitize cross emulate bench clean
+.PHONY: demo test lint sanitize cross emulate bench gpu clean
 .DELETE_ON_ERROR:
 # Two pip runs in one environment would get in each other's way, also under `make -j`.
 .NOTPARALLEL:
@@ -42,6 +42,12 @@ emulate: $(VENV)/dev $(VENV)/installed
 
 bench: $(VENV)/dev $(VENV)/installed $(VENV)/model
 	$(BIN)/python -m bench
+
+# On a GPU machine, with the Python that holds torch there: no virtual environment, no network. GPU names the options of
+# bench/gpu.py, as in `make gpu OUT=results PYTHON=python3.12 GPU="--steps build,bench"`.
+OUT := build/gpu
+gpu:
+	@PYTHONPATH=python:. $(PYTHON) -m bench.gpu --out $(OUT) $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist out .cache/sanitize .cache/emulate .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -115,7 +115,7 @@ def _measure_at(
         row.update(
             median_us=round(found.median_us, 2), spread=round(found.spread, 3), rounds=found.rounds, copies=used,
             rotated_bytes=int(per_round * used / bursts[name].calls), bytes=candidate.nbytes,
-            operations=2 * m * candidate.multiplied, **_limit(candidate, m, limits, found.median_us),
+            operations=2 * m * candidate.multiplied, **limit_share(candidate, m, limits, found.median_us),
         )  # fmt: skip
         if row["dtype"] in dense:
             row["ratio_to_dense"] = round(found.median_us / dense[row["dtype"]], 3)
@@ -128,7 +128,7 @@ def _grow(candidate: Candidate, copies: int) -> None:
     candidate.layers += [candidate.build(number) for number in range(len(candidate.layers), copies)]
 
 
-def _limit(candidate: Candidate, m: int, limits: dict[str, Any], median_us: float) -> dict[str, Any]:
+def limit_share(candidate: Candidate, m: int, limits: dict[str, Any], median_us: float) -> dict[str, Any]:
     """The least possible time over the median: its bytes at the read bandwidth, or its operations at the peak."""
     factors = "float32" if candidate.dtype == torch.float32 else "bfloat16"
     peak = limits["int8_gop_s" if candidate.row["activations"] != KEPT else f"{factors}_gop_s"]

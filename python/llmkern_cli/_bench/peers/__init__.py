@@ -61,7 +61,7 @@ class Peer:
 
 
 def candidates(weights: Weights, dtype: torch.dtype, names: tuple[str, ...] = FILES) -> Iterator[Candidate]:
-    """Every peer of those files for the weights' device, at this shape and dtype of x; absent ones with their reason."""
+    """Every peer of those files for the weights' device, at this shape and dtype of x; or its reason."""
     for name in names:
         found = importlib.import_module(f"llmkern_cli._bench.peers.{name}").PEERS
         for peer in (peer for peer in found if weights.device in peer.devices):
