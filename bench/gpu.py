@@ -157,7 +157,7 @@ class Session:
             for log in (self.work / f"{row['tool']}.log" for row in rows):
                 if log.exists():
                     out.write(f"==== {log.stem}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
-        notes = [f"{row['tool']}: {row['found'] if row['skipped'] is None else row['skipped']}" for row in rows]
+        notes = [f"{row['tool']}: {row['skipped'] or row['found']}" for row in rows if row["tool"] != "none"]
         if any(row["found"] or row["wrong"] or row["skipped"] for row in rows):
             return "failed", "; ".join(notes)
         return (OUT_OF_TIME if any(row["out_of_time"] for row in rows) else "ok"), "; ".join(notes)

@@ -17,8 +17,9 @@ import torch
 from llmkern_cli._bench.timing import Timing, summary
 
 FEWEST_ROUNDS = 7
-CALLS = 24  # in a graph, at least: the events' own time is a part of one of them
-LEAST_SECONDS = 300e-6  # of a graph's replay
+CALLS = 48  # in a graph of short calls: what two events add is small beside them
+SHORT_SECONDS = 50e-6  # a call; alone it seems longer than it is, because of its launch
+GRAPH_SECONDS = CALLS * SHORT_SECONDS  # of a replay of longer calls
 AHEAD_CYCLES = 400_000  # of waiting before a round, so that the queue is full when its first replay starts
 SETTLE_SECONDS, SETTLED = 4.0, 0.01
 
@@ -75,8 +76,8 @@ class Clock:
         return statistics.median(self._elapsed(call) for _ in range(3))
 
     def capture(self, copies: Sequence[Callable[[], Any]], seconds: float) -> Run:
-        """A graph of calls on every copy in turn: each as often as any other. seconds: of one call, roughly."""
-        wanted = max(len(copies), min(CALLS, int(LEAST_SECONDS / max(seconds, 1e-7)) + 1))
+        """A graph of calls on every copy in turn, each as often as any other. seconds: of one call, roughly."""
+        wanted = CALLS if seconds <= SHORT_SECONDS else int(GRAPH_SECONDS / seconds) + 1
         calls = [call for _ in range(-(-wanted // len(copies))) for call in copies]
 
         def eager() -> None:

@@ -17,7 +17,7 @@ FILTER = "recorded tests"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", type=Path, help="file of the outcomes so far")
+    parser.addoption("--record", help="file of the outcomes so far")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         known = set(config.workerinput["recorded"])
         config.pluginmanager.register(Filter(known))
         return
-    journal = Journal(path)
+    journal = Journal(Path(path))
     known = tests(journal.read()).keys()
     config.pluginmanager.register(Filter(set(known)), FILTER)
     config.pluginmanager.register(Recorder(journal))

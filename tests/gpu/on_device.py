@@ -102,6 +102,25 @@ def refusal(op: str, kernel: str, args: tuple[Any, ...]) -> str | None:
     return table.refusal(args[0].device.type, args, forced=True)
 
 
+class Runner:
+    """An op on one kernel, over and over: None where the kernel refuses. `end` skips a test that never ran."""
+
+    def __init__(self, op: str, kernel: str):
+        self.op, self.kernel, self.ran, self.reasons = op, kernel, 0, set()
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        if reason := refusal(self.op, self.kernel, args):
+            self.reasons.add(reason)
+            return None
+        self.ran += 1
+        return call(self.op, self.kernel, args)
+
+    def end(self) -> None:
+        """To be called when all is done."""
+        if not self.ran:
+            pytest.skip(f"{self.op}: {self.kernel}: {'; '.join(sorted(self.reasons))}")
+
+
 def call(op: str, kernel: str, args: tuple[Any, ...]) -> Any:
     """The op on that kernel. A kernel that refuses the arguments skips the test, with its reason."""
     if reason := refusal(op, kernel, args):
@@ -160,3 +179,13 @@ def result_or_error(op: str, kernel: str, args: tuple[Any, ...]) -> tuple[Any, s
             return OPS[op](*args), None
     except (ValueError, TypeError, NotImplementedError) as error:
         return None, str(error)
+
+
+def taken_m(op: str, kernel: str) -> int:
+    """A number of rows of x that the kernel takes for the second of few_cases; skips the test if there is none."""
+    case, reason = few_cases(op)[1], None
+    for m in (3, 64, 257):
+        reason = refusal(op, kernel, args_of(case, torch.zeros(m, case.k, dtype=BF16, device=DEVICE)))
+        if not reason:
+            return m
+    return pytest.skip(f"{op}: {kernel}: {reason}")
