@@ -1,6 +1,7 @@
 """`make gpu` without a GPU: its flow on tiny CPU sizes, and each part that judges, restarts or reads."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,14 @@ from bench._gpu import goals, plan, record, report, sanitize, supervise, sweep
 from bench._gpu.ceilings import as_limits
 from bench._gpu.journal import Journal
 from bench._gpu.plan import Cell
+from llmkern import _features
 from llmkern_cli._bench import measure, peers
 from llmkern_cli._bench.candidate import GIVEN, KEPT, PER_ROW
 from llmkern_cli._bench.peers import torch_cuda
 from llmkern_cli._bench.weights import Weights
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}/python:{ROOT}"}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_every_step_of_a_dry_run_has_its_status(dry):
     assert {"commit", "kernels", "versions", "clocks", "gpu", "nvcc"} <= set(found["machine"])
     assert found["tests"]["passed"] > 0
     assert found["tests"]["failures"] == []
-    assert found["sanitizer"][0]["cases"] > 0
+    assert found["sanitizer"][0]["cases"] > 0 or _features.native is None
     assert found["ceilings"]["copy_gb_s"] > 0
     assert len(list(dry.iterdir())) <= 8
 
@@ -257,6 +259,23 @@ def test_what_the_sanitizer_found_is_read_with_its_case():
     text = "========= Error: Device not supported. Please refer to the documentation\n"
     found = sanitize._read("memcheck", supervise.Outcome(code=1), text, sanitized=True)
     assert "Device not supported" in found["skipped"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_every_tool_of_the_sanitizer_runs_the_driver(tmp_path, monkeypatch):
+    """With a sanitizer that finds nothing, and no kernel to run: which is no success."""
+    script = tmp_path / "compute-sanitizer"
+    script.write_text(
+        '#!/bin/sh\nwhile [ "${1#/}" = "$1" ]; do shift; done\necho "========= ERROR SUMMARY: 0 errors"\nexec "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    path = {"PYTHONPATH": ":".join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    rows = sanitize.run(tmp_path, 120, path, "cuda")
+    assert [row["tool"] for row in rows] == ["memcheck", "racecheck", "synccheck"]
+    assert {(row["found"], row["cases"], row["skipped"]) for row in rows} == {
+        (0, 0, "no kernel of this device runs here")
+    }
 
 
 @pytest.mark.parametrize("m", [1, 17, 40])

@@ -60,6 +60,8 @@ def _read(name: str, outcome: supervise.Outcome, text: str, *, sanitized: bool) 
     row = {**_row(name), "seconds": round(outcome.seconds, 1), "out_of_time": outcome.out_of_time}
     if match := CASES.search(text):
         row["cases"], row["wrong"] = int(match[1]), int(match[2])
+    if sanitized and row["cases"] == 0:
+        row["skipped"] = "no kernel of this device runs here"
     if match := SUMMARY.search(text):
         row["found"] = int(match[1])
     elif outcome.out_of_time:

@@ -6,15 +6,20 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench._gpu.journal import Journal
 
 RESTARTS = 8
 POLL_SECONDS = 0.05
+# A process is ended together with those that it started. A group, not a session, where Python can make one: whoever
+# ends all processes of ours shall find these too.
+GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 
 
 @dataclass
@@ -72,7 +77,7 @@ def _once(
         out.write(f"$ {' '.join(command)}\n")
         out.flush()
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **GROUP,
             env={**os.environ, **(env or {})},
         )  # fmt: skip
         try:
@@ -102,7 +107,7 @@ def _watch(
 
 
 def _end(process: subprocess.Popen) -> int:
-    """End the process and those that it started: they share a session of their own."""
+    """End the process and those that it started: they are a group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait()

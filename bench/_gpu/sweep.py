@@ -29,6 +29,7 @@ from llmkern_cli._bench.weights import Weights
 COLD_BYTES = 256 << 20  # of weight copies, and more than L2_TIMES the L2
 L2_TIMES = 2
 KEEP_FREE = 30 << 30  # bytes of the GPU's memory: with less, what earlier shapes left is dropped
+PEER_SECONDS = 45.0  # for one library's building and compiling: some compile for every M
 LOST = 70  # exit code when the context is
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OUT_OF_TIME = "out of time"
@@ -42,6 +43,12 @@ def who(candidate: Candidate) -> str:
     return f"{candidate.name} {candidate.row['values']}"
 
 
+def _library(candidate: Candidate) -> str:
+    """Of a peer that is no part of torch; empty for all others."""
+    name = (candidate.row["peer"] or "").split(".")[0]
+    return "" if name == "torch" else name
+
+
 class Sweep:
     """The candidates of the shapes met so far, and how to measure a cell of them."""
 
@@ -50,6 +57,7 @@ class Sweep:
         self._weights: dict[tuple[int, int], Weights] = {}
         self._templates: list[Row] | None = None
         self._candidates: dict[tuple[int, int, str], list[Candidate]] = {}
+        self._spent: dict[str, float] = {}  # seconds by library
         self.cold = COLD_BYTES
         if self.clock.cuda:
             self.cold = max(COLD_BYTES, L2_TIMES * torch.cuda.get_device_properties(0).L2_cache_size + 1)
@@ -108,12 +116,18 @@ class Sweep:
             if reason := blocked.get(who(one)):
                 rows[at]["skipped"] = reason
                 continue
+            library = _library(one)
+            if library and self._spent.get(library, 0.0) > PEER_SECONDS:
+                rows[at]["skipped"] = f"{OUT_OF_TIME}: {library} took {self._spent[library]:.0f} s to build and compile"
+                continue
             doing(who(one))
+            start = time.monotonic()
             try:
                 runs[str(at)] = self._prepare(one, x, rows[at], eager=cell.m in plan.EAGER_MS)
             except Exception as error:  # a peer may fail in any way; that is its row
                 rows[at]["skipped"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 self._end_if_lost()
+            self._spent[library] = self._spent.get(library, 0.0) + time.monotonic() - start
         doing(TIMING)
         timings = self.clock.interleaved(runs, self.seconds) if runs else {}
         dense = next((found for at, found in timings.items() if rows[int(at)]["peer"] == "torch.dense"), None)

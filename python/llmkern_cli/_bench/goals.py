@@ -84,9 +84,7 @@ def asked(limits: dict[str, Any]) -> tuple[Goal, ...]:
     )
 
 
-def judge(
-    rows: Sequence[Row], limits: dict[str, Any], wanted: Sequence[Goal] | None = None
-) -> list[dict[str, Any]]:
+def judge(rows: Sequence[Row], limits: dict[str, Any], wanted: Sequence[Goal] | None = None) -> list[dict[str, Any]]:
     """One entry per goal, shape, M (and dtype): what is asked for, what was measured, whether it is met.
 
     wanted: the goals; by default those of this machine's CPU.
@@ -147,9 +145,7 @@ def _matches(got: Any, wanted: Any) -> bool:
     return got == wanted
 
 
-def cells(
-    judged: Sequence[dict[str, Any]], columns: Sequence[tuple[int, ...]] = COLUMNS
-) -> list[list[str]]:
+def cells(judged: Sequence[dict[str, Any]], columns: Sequence[tuple[int, ...]] = COLUMNS) -> list[list[str]]:
     """Lines of the goals' table: the goal, what is compared, and per column of Ms the worst measured against wanted."""
     lines = []
     for goal, kind in dict.fromkeys((entry["goal"], entry["kind"]) for entry in judged):

@@ -47,9 +47,7 @@ def _bind(layer: Any, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _peer(name: str, op: str, build: Callable[[Rolled, torch.dtype], Any], activations: str = KEPT) -> Peer:
-    return Peer(
-        f"gemlite.{name}", op, build, _bind, activations, DTYPES, ("gemlite",), whole_groups, devices=("cuda",)
-    )
+    return Peer(f"gemlite.{name}", op, build, _bind, activations, DTYPES, ("gemlite",), whole_groups, devices=("cuda",))
 
 
 PEERS = (
