@@ -1,5 +1,5 @@
 # Everything from a fresh machine: needs Python 3.10+ (PYTHON=python3.12 picks another), a C++17 compiler, and make.
-#   make demo   make test   make lint   make sanitize   make cross   make emulate   make bench   make clean
+#   make demo   make test   make lint   make sanitize   make cross   make emulate   make bench   make gpu   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE = 1
 # What tests look at, and no more: a user's build takes every GPU that the compiler knows.
 export LLMKERN_CUDA_ARCHITECTURES ?= 80-real;90a-real
 
-.PHONY: demo test lint sanitize cross emulate bench clean
+.PHONY: demo test lint sanitize cross emulate bench gpu clean
 .DELETE_ON_ERROR:
 # Two pip runs in one environment would get in each other's way, also under `make -j`.
 .NOTPARALLEL:
@@ -44,6 +44,12 @@ emulate: $(VENV)/dev $(VENV)/installed
 
 bench: $(VENV)/dev $(VENV)/installed $(VENV)/model
 	$(BIN)/python -m bench
+
+# On a GPU machine, with the Python that holds torch there: no virtual environment, no network. GPU names the options of
+# bench/gpu.py, as in `make gpu OUT=results PYTHON=python3.12 GPU="--steps build,bench"`.
+OUT := build/gpu
+gpu:
+	@PYTHONPATH=python:. $(PYTHON) -m bench.gpu --out $(OUT) $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist out .cache/sanitize .cache/emulate .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

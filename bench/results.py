@@ -49,5 +49,9 @@ def _commit() -> str | None:
 
 
 def _git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    """What git prints, or None: there may be no git, or no repository."""
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern import testing
 from llmkern.formats import BitmaskWeight, PackedWeight
 from llmkern.ops import linear_args
 from llmkern.testing import random_weight
@@ -162,6 +163,29 @@ INTEGER_OPS = ("int8_dynamic_linear",)  # those that always quantize x; int4_lin
 def quantizes_x(case: LinearCase) -> bool:
     """Whether the op rounds x to int8 for this case."""
     return case.op in INTEGER_OPS or case.extra == ("int8",)
+
+
+def integers(case: LinearCase) -> Tensor:
+    """The codes of an int4 or int8 case less their zero points, float64 [N, K]."""
+    w = case.weight()
+    found = (w.codes if isinstance(w.codes, Tensor) else w.codes()).double()
+    if w.zeros is not None:
+        found -= w.zeros.double().repeat_interleave(w.group_size, dim=1)[:, : case.k]
+    return found
+
+
+def expected(case: LinearCase, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(exact, tolerance) of a case, float64 [..., N], on x's device."""
+    w = case.weight()
+    if not quantizes_x(case):
+        dense = w.unpack(torch.float64).to(x.device)
+        return testing.exact_product(x, dense, bias), testing.product_tolerance(x, dense, bias)
+    x_group = w.group_size if case.op == "int4_linear" else case.k
+    exact, tolerance = testing.exact_integer_product(
+        x.reshape(-1, case.k), integers(case).to(x.device), w.scales.to(x.device), bias, x_group, w.group_size
+    )
+    shape = (*x.shape[:-1], case.n)
+    return exact.reshape(shape), tolerance.reshape(shape)
 
 
 def inputs(k: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import llmkern
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of every random input (default 0)")
+    parser.addoption("--device", default="cuda", help="of tests/gpu; cpu is a smoke run (default cuda)")
     parser.addoption("--level", help="run the op tests on this CPU level alone, e.g. avx2")
 
 

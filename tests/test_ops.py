@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import BF16, CASES, DTYPES, F32, I8, LINEAR_CASES, ROWS_OF_X, LinearCase, inputs, quantizes_x
+from cases import BF16, CASES, DTYPES, F32, I8, LINEAR_CASES, ROWS_OF_X, LinearCase, expected, inputs, quantizes_x
 from torch import Tensor
 
 import llmkern
@@ -28,23 +28,6 @@ def forced(row: str) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(1)
-
-
-def expected(case: LinearCase, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(exact, tolerance) of a case, float64 [..., N]."""
-    w = case.weight()
-    if not quantizes_x(case):
-        dense = w.unpack(torch.float64)
-        return testing.exact_product(x, dense, bias), testing.product_tolerance(x, dense, bias)
-    integers = (w.codes if isinstance(w.codes, Tensor) else w.codes()).double()
-    if w.zeros is not None:
-        integers -= w.zeros.double().repeat_interleave(w.group_size, dim=1)[:, : case.k]
-    x_group = w.group_size if case.op == "int4_linear" else case.k
-    exact, tolerance = testing.exact_integer_product(
-        x.reshape(-1, case.k), integers, w.scales, bias, x_group, w.group_size
-    )
-    shape = (*x.shape[:-1], case.n)
-    return exact.reshape(shape), tolerance.reshape(shape)
 
 
 def make_bias(case: LinearCase, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 KEPT, PER_GROUP, PER_ROW = "kept", "int8 per group", "int8 per row"
-CLASSES = (KEPT, PER_GROUP, PER_ROW)  # what happens to the activations; only rows of one class are compared
+GIVEN = "int8 given"  # quantized before the clock starts, the result not scaled: the product alone
+CLASSES = (KEPT, PER_GROUP, PER_ROW, GIVEN)  # what happens to the activations; only rows of one class are compared
 
 
 @dataclass
@@ -18,7 +19,9 @@ class Candidate:
     """`build(number)` makes copy `number` of its layer; `bind(layer, x)` the call that multiplies x [M, K] by it.
 
     exact: the weight [N, K] it computes with; nbytes: what a call must read of it; multiplied: its values that take
-    part, N * K unless it is sparse. A candidate with a reason in `skipped` has nothing to call.
+    part, N * K unless it is sparse. finish(result, layer, x) makes the product of what a call returns, for the check
+    alone. kernel_at(x) names the kernel that would run, where that depends on x. A candidate with a reason in
+    `skipped` has nothing to call.
     """
 
     row: dict[str, Any]
@@ -29,6 +32,8 @@ class Candidate:
     nbytes: int = 0
     multiplied: int = 0
     most_copies: int = 1_000_000
+    finish: Callable[[Any, Any, Tensor], Tensor] | None = None
+    kernel_at: Callable[[Tensor], str] | None = None
     layers: list[Any] = field(default_factory=list)
 
     @property

@@ -17,7 +17,8 @@ class Goal(NamedTuple):
 
     ratio: M -> how many times faster than the best of `theirs` at the same shape. read, peak: M -> share of the read
     bandwidth at the large shapes, and of the machine's best multiply-add peak for `factors`. large_only: the Ms whose
-    ratio is asked at the large shapes only. same_dtype: compared per dtype of x, not best with best.
+    ratio is asked at the large shapes only. same_dtype: compared per dtype of x, not best with best. least: weights
+    N * K from which on a shape is asked.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Goal(NamedTuple):
     factors: str = "int8"
     large_only: tuple[int, ...] = ()
     same_dtype: bool = False
+    least: int = 0
 
 
 def _by_m(one: float, few: tuple[float, float], many: float) -> dict[int, float]:
@@ -82,13 +84,16 @@ def asked(limits: dict[str, Any]) -> tuple[Goal, ...]:
     )
 
 
-def judge(rows: Sequence[Row], limits: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry per goal, shape, M (and dtype): what is asked for, what was measured, whether it is met."""
+def judge(rows: Sequence[Row], limits: dict[str, Any], wanted: Sequence[Goal] | None = None) -> list[dict[str, Any]]:
+    """One entry per goal, shape, M (and dtype): what is asked for, what was measured, whether it is met.
+
+    wanted: the goals; by default those of this machine's CPU.
+    """
     timed = [row for row in rows if row["median_us"]]
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in timed))
     found: list[dict[str, Any]] = []
-    for goal in asked(limits):
-        for n, k in shapes:
+    for goal in asked(limits) if wanted is None else wanted:
+        for n, k in (shape for shape in shapes if shape[0] * shape[1] >= goal.least):
             here = [row for row in timed if (row["n"], row["k"]) == (n, k)]
             for m in dict.fromkeys(row["m"] for row in here):
                 found += _judge_at(goal, [row for row in here if row["m"] == m], n * k >= LARGE, limits)
@@ -140,12 +145,12 @@ def _matches(got: Any, wanted: Any) -> bool:
     return got == wanted
 
 
-def cells(judged: Sequence[dict[str, Any]]) -> list[list[str]]:
+def cells(judged: Sequence[dict[str, Any]], columns: Sequence[tuple[int, ...]] = COLUMNS) -> list[list[str]]:
     """Lines of the goals' table: the goal, what is compared, and per column of Ms the worst measured against wanted."""
     lines = []
     for goal, kind in dict.fromkeys((entry["goal"], entry["kind"]) for entry in judged):
         line = [goal, kind]
-        for column in COLUMNS:
+        for column in columns:
             here = [e for e in judged if (e["goal"], e["kind"]) == (goal, kind) and e["m"] in column]
             line.append(_cell(here))
         lines.append(line)

@@ -18,9 +18,9 @@ KEPT_BELOW = 1e-4  # no rounding of random activations to int8 is as exact
 CHECKED_ROWS = 512  # of the weight: enough to see any wrong block, and 64-bit products stay cheap
 
 
-def input_rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
+def input_rows(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """Random x [M, K]."""
-    return torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(m, k, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
 
 
 def as_tensor(result: Any) -> Tensor:
@@ -34,7 +34,10 @@ def check(candidate: Candidate, call: Callable[[], Any], x: Tensor) -> float:
     n = len(candidate.exact)
     at = torch.linspace(0, n - 1, min(n, CHECKED_ROWS)).long()
     exact = x.double() @ candidate.exact[at].double().T
-    got = as_tensor(call()).reshape(len(x), n)
+    result = call()
+    if candidate.finish is not None:
+        result = candidate.finish(result, candidate.layers[0], x)
+    got = as_tensor(result).reshape(len(x), n)
     error = float((got[:, at] - exact).norm() / exact.norm())
     allowed = TOLERANCE[candidate.dtype] if candidate.row["activations"] == KEPT else INT8_TOLERANCE
     if not error <= allowed or not bool(got.isfinite().all()):
@@ -78,6 +81,8 @@ def _measure_at(
         assert candidate.bind is not None
         _grow(candidate, 1)
         x = input_rows(m, candidate.row["k"], candidate.dtype)
+        if candidate.kernel_at is not None:
+            rows[at]["kernel"] = candidate.kernel_at(x)
         call = candidate.bind(candidate.layers[0], x)
         rows[at]["error"] = check(candidate, call, x)
         bursts[str(at)], calls[str(at)] = timing.burst(call), [call]
@@ -110,7 +115,7 @@ def _measure_at(
         row.update(
             median_us=round(found.median_us, 2), spread=round(found.spread, 3), rounds=found.rounds, copies=used,
             rotated_bytes=int(per_round * used / bursts[name].calls), bytes=candidate.nbytes,
-            operations=2 * m * candidate.multiplied, **_limit(candidate, m, limits, found.median_us),
+            operations=2 * m * candidate.multiplied, **limit_share(candidate, m, limits, found.median_us),
         )  # fmt: skip
         if row["dtype"] in dense:
             row["ratio_to_dense"] = round(found.median_us / dense[row["dtype"]], 3)
@@ -123,7 +128,7 @@ def _grow(candidate: Candidate, copies: int) -> None:
     candidate.layers += [candidate.build(number) for number in range(len(candidate.layers), copies)]
 
 
-def _limit(candidate: Candidate, m: int, limits: dict[str, Any], median_us: float) -> dict[str, Any]:
+def limit_share(candidate: Candidate, m: int, limits: dict[str, Any], median_us: float) -> dict[str, Any]:
     """The least possible time over the median: its bytes at the read bandwidth, or its operations at the peak."""
     factors = "float32" if candidate.dtype == torch.float32 else "bfloat16"
     peak = limits["int8_gop_s" if candidate.row["activations"] != KEPT else f"{factors}_gop_s"]

@@ -44,11 +44,14 @@ def candidates(weights: Weights, dtype: torch.dtype, ops: Sequence[str], kernels
     for variant in VARIANTS:
         if variant.op not in ops:
             continue
-        weight = weights.packed[variant.weight]
-        sample = (*linear_args(variant.op, torch.zeros(1, weights.shape[1], dtype=dtype), weight, None), *variant.extra)
+        weight, table = weights.packed[variant.weight], OPS[variant.op].kernels
+        x = torch.zeros(1, weights.shape[1], dtype=dtype, device=weights.device)
+        sample = (*linear_args(variant.op, x, weight, None), *variant.extra)
         picked = OPS[variant.op].pick(*sample)
-        names = [picked.name] if kernels == "best" else [kernel.name for kernel in OPS[variant.op].kernels[:-1]]
-        refusals = {kernel.name: kernel.refusal("cpu", sample) for kernel in OPS[variant.op].kernels}
+        device = x.device.type
+        here = [kernel.name for kernel in table if kernel.device in (device, "any") and kernel.name != "reference"]
+        names = [picked.name] if kernels == "best" else here
+        refusals = {kernel.name: kernel.refusal(device, sample, forced=kernels == "all") for kernel in table}
         for name in names:
             made = _candidate(variant, weights, dtype, name, forced=kernels == "all")
             if refusal := refusals[name]:
@@ -59,6 +62,9 @@ def candidates(weights: Weights, dtype: torch.dtype, ops: Sequence[str], kernels
 def _candidate(variant: Variant, weights: Weights, dtype: torch.dtype, kernel: str, *, forced: bool) -> Candidate:
     run, weight = OPS[variant.op].op, weights.packed[variant.weight]
     n, k = weight.shape
+
+    def kernel_at(x: Tensor) -> str:
+        return OPS[variant.op].pick(*linear_args(variant.op, x, weight, None), *variant.extra).name
 
     def build(number: int) -> tuple:
         tensors = {name: tensor.clone() for name, tensor in weight.tensors().items()}
@@ -85,4 +91,7 @@ def _candidate(variant: Variant, weights: Weights, dtype: torch.dtype, kernel: s
         op=variant.op, kernel=kernel, shape=weight.shape, dtype=dtype, group_size=weight.group_size,
         activations=activations, values=variant.values,
     )  # fmt: skip
-    return Candidate(described, dtype, build, bind, weights.exact(variant.weight), weight.nbytes, kept)
+    return Candidate(
+        described, dtype, build, bind, weights.exact(variant.weight), weight.nbytes, kept,
+        kernel_at=None if forced else kernel_at,
+    )  # fmt: skip

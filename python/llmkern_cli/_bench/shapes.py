@@ -7,6 +7,8 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "llama2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
     "llama3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
     "llama3-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+    # The experts of Qwen3-30B-A3B and Qwen3-235B-A22B: gate or up, and down.
+    "qwen3-moe": ((768, 2048), (2048, 768), (1536, 4096), (4096, 1536)),
     # Those of the goals (goals.py): three large layers and two small ones.
     "goals": ((4096, 4096), (14336, 4096), (4096, 14336), (1536, 576), (576, 1536)),
 }

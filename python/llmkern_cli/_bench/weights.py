@@ -27,11 +27,12 @@ def whole(group_size: int, k: int) -> int:
 
 
 class Weights:
-    """A matrix [N, K]: dense, and packed in every format."""
+    """A matrix [N, K]: dense, and packed in every format, on one device."""
 
-    def __init__(self, n: int, k: int, group_size: int):
-        self.shape, self.group_size = (n, k), whole(group_size, k)
-        self.dense = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    def __init__(self, n: int, k: int, group_size: int, device: str = "cpu"):
+        self.shape, self.group_size, self.device = (n, k), whole(group_size, k), device
+        random = torch.Generator(device).manual_seed(0)
+        self.dense = torch.randn(n, k, generator=random, device=device).bfloat16().float()
 
     @cached_property
     def packed(self) -> dict[str, PackedWeight]:
@@ -42,7 +43,7 @@ class Weights:
         sparse24 = (quads * (quads.abs().argsort(-1).argsort(-1) >= 2)).view(n, -1)[:, :k].contiguous()
         sparse = weight * (weight.abs() > weight.abs().median())
         g = self.group_size
-        return {
+        packed: dict[str, PackedWeight] = {
             "int8": formats.Int8Weight.pack(weight, scale_dtype=half),
             "int4": formats.Int4Weight.pack(weight, group_size=g, scale_dtype=half),
             "sparse24": formats.Sparse24Weight.pack(sparse24, dtype=half),
@@ -50,6 +51,7 @@ class Weights:
             "bitmask": formats.BitmaskWeight.pack(sparse, dtype=half),
             "bitmask_int8": formats.BitmaskWeight.pack(sparse, dtype=torch.int8, scale_dtype=half),
         }
+        return {name: one.to(self.device) for name, one in packed.items()}
 
     @cached_property
     def codes8(self) -> Tensor:
@@ -70,6 +72,11 @@ class Weights:
     def scales4(self) -> Tensor:
         """fp32 [N, G]."""
         return self.packed["int4"].tensors()["scales"].float()
+
+    @property
+    def sparse24(self) -> Tensor:
+        """fp32 [N, K], two values of every four kept."""
+        return self.exact("sparse24")
 
     @cached_property
     def _exact(self) -> dict[str, Tensor]:

@@ -19,10 +19,15 @@ from llmkern_cli._bench.weights import Rolled, Weights
 
 FILES = (
     "torch_dense", "torch_packed", "torch_dynamic", "onnxruntime_matmul", "openvino_compressed", "ark", "xnnpack",
-    "ggml",
+    "ggml", "torch_cuda", "torch_semi_structured", "humming_kernels", "gemlite_linear", "torchao_linear",
+    "bitsandbytes_linear",
 )  # fmt: skip
 # The type of a weight's values by op; None is that of x.
-VALUES = {"linear": None, "int4_linear": "int4", "int8_linear": "int8", "int8_dynamic_linear": "int8"}
+VALUES = {
+    "linear": None, "int4_linear": "int4", "int8_linear": "int8", "int8_dynamic_linear": "int8",
+    "sparse24_linear": None,
+}  # fmt: skip
+EXACT = {"sparse24_linear": "sparse24"}  # of Weights.packed, where the op's values do not say it
 
 
 def no_refusal(weights: Weights) -> str | None:
@@ -36,7 +41,8 @@ class Peer:
 
     op: the one of ours it stands against; needs: the packages, by the name they are imported as; refuses: why not at
     this shape, or None; most_copies: for layers that take long to build or much memory; group_size: of its own format,
-    where that has one, or None.
+    where that has one, or None; devices: where it runs; finish: see Candidate; exact: the weight [N, K] of the layer
+    that it built, where it has values of its own.
     """
 
     name: str
@@ -49,12 +55,16 @@ class Peer:
     refuses: Callable[[Weights], str | None] = no_refusal
     most_copies: int = 1_000_000
     group_size: int | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    finish: Callable[[Any, Any, Tensor], Tensor] | None = None
+    exact: Callable[[Any], Tensor] | None = None
 
 
 def candidates(weights: Weights, dtype: torch.dtype, names: tuple[str, ...] = FILES) -> Iterator[Candidate]:
-    """Every peer of those files at this shape and dtype of x; missing ones with their reason."""
+    """Every peer of those files for the weights' device, at this shape and dtype of x; or its reason."""
     for name in names:
-        for peer in importlib.import_module(f"llmkern_cli._bench.peers.{name}").PEERS:
+        found = importlib.import_module(f"llmkern_cli._bench.peers.{name}").PEERS
+        for peer in (peer for peer in found if weights.device in peer.devices):
             yield _candidate(peer, weights, dtype)
 
 
@@ -75,11 +85,22 @@ def _candidate(peer: Peer, weights: Weights, dtype: torch.dtype) -> Candidate:
         nbytes=_nbytes(values, n, k, group_size, dtype),
         multiplied=n * k,
         most_copies=peer.most_copies,
+        finish=peer.finish,
     )
     if reason := _refusal(peer, weights, dtype):
         made.skip(reason)
-    else:
-        made.exact = weights.exact(values or "dense")
+        return made
+    if peer.op == "sparse24_linear":  # what is left out is neither read nor multiplied: half, and two bits per value
+        made.multiplied //= 2
+        made.nbytes = made.nbytes // 2 + n * k // 8
+    if peer.exact is None:
+        made.exact = weights.exact(EXACT.get(peer.op) or values or "dense")
+        return made
+    try:
+        made.layers = [peer.build(weights.rolled(0), dtype)]
+        made.exact = peer.exact(made.layers[0])
+    except Exception as error:  # a peer may fail in any way; that is its row
+        made.skip(f"{type(error).__name__}: {error}"[:300])
     return made
 
 

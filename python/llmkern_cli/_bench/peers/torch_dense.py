@@ -30,6 +30,6 @@ def _bind_prepacked(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PEERS = (
-    Peer("torch.dense", "linear", _build, _bind, dtypes=DTYPES),
+    Peer("torch.dense", "linear", _build, _bind, dtypes=DTYPES, devices=("cpu", "cuda")),
     Peer("torch.dense.prepacked", "linear", _build_prepacked, _bind_prepacked),
 )

@@ -43,5 +43,8 @@ PEERS = (
         "torch._weight_int4pack_mm_for_cpu", "int4_linear", _build4, _bind4, dtypes=(torch.bfloat16,),
         refuses=_refuses4,
     ),
-    Peer("torch._weight_int8pack_mm", "int8_linear", _build8, _bind8, dtypes=(torch.bfloat16,)),
+    Peer(
+        "torch._weight_int8pack_mm", "int8_linear", _build8, _bind8, dtypes=(torch.bfloat16,),
+        devices=("cpu", "cuda"),
+    ),
 )  # fmt: skip
