@@ -93,7 +93,8 @@ struct Tile {
         const int tiles = (feed.tokens + 7) / 8;
         feed.start();
         for (int stage = feed.first; stage < feed.last; stage++) {
-            feed.advance(stage, [] {});
+            feed.arrive(stage, [] {});
+            feed.ask(stage);
             if (tiles <= FEW)
                 multiply<FEW>(feed, stage);
             else if (tiles <= MOST)

@@ -68,8 +68,8 @@ struct alignas(8) TileScale {
     uint32_t scale, offset;
 };
 
-// AHEAD: stages under way while one is used. With STAGES - 1 a stage must be read when the next `advance` begins, with
-// STAGES - 2 when the one after it does.
+// AHEAD: stages under way while one is used. With STAGES - 1, all that reads a stage must be done when the next
+// `arrive` begins; with STAGES - 2, when the one after it does.
 template <class Format, class T, int ROWS, int TOKENS, int PARTS, int PITCH, int STAGES, int AHEAD, int THREADS>
 struct TileFeed {
     static constexpr int LANE = Format::LANE_COLUMNS;  // of 16 bytes of codes; groups are multiples of it
@@ -120,27 +120,52 @@ struct TileFeed {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             const int column = (stage * PARTS + part) * TILE_COLUMNS;
+            args.x_aligned ? fill_x<true>(x(stage, part), column) : fill_x<false>(x(stage, part), column);
+            args.codes_aligned ? fill_codes<true>(codes(stage, part), column)
+                               : fill_codes<false>(codes(stage, part), column);
+        }
+    }
+
+    // A thread copies the same unit of every THREADS / 8th row of x, so that all its rows have the same swizzle.
+    template <bool ALIGNED>
+    LLMKERN_DEVICE void fill_x(uint8_t* tile, int column) const {
+        constexpr int STEP = THREADS / 8;
+        static_assert(STEP % 8 == 0, "");
+        const int row = thread() / 8, unit = thread() % 8, at = column + unit * 8;
+        const int bytes = at < args.k ? 2 * smaller(args.k - at, 8) : 0;
+        const uint16_t* from = static_cast<const uint16_t*>(args.x) + (first_token + row) * args.k + at;
+        uint8_t* const to = tile + swizzled(row, unit);
 #pragma unroll
-            for (int u = thread(); u < TOKENS * 8; u += THREADS) {
-                const int token = u / 8, at = column + u % 8 * 8;
-                if (token >= tokens) continue;  // what stands there stays in columns of the product that nobody stores
-                const int bytes = at < args.k ? 2 * smaller(args.k - at, 8) : 0;
-                const int64_t from = bytes ? (first_token + token) * args.k + at : 0;
-                const uint16_t* const source = static_cast<const uint16_t*>(args.x) + from;
-                uint8_t* const to = x(stage, part) + swizzled(token, u % 8);
-                args.x_aligned ? copy_async(to, source, bytes) : copy_now<uint16_t>(to, source, bytes);
+        for (int i = 0; i < (TOKENS + STEP - 1) / STEP; i++) {
+            // What stands in rows that are not there stays in columns of the product that nobody stores.
+            if (row + i * STEP < tokens) {
+                if (ALIGNED)
+                    copy_async(to + i * STEP * TILE_ROW_BYTES, from, bytes);
+                else
+                    copy_now<uint16_t>(to + i * STEP * TILE_ROW_BYTES, from, bytes);
             }
-            const int byte = column / LANE * 16;
+            from += int64_t(STEP) * args.k;
+        }
+    }
+
+    template <bool ALIGNED>
+    LLMKERN_DEVICE void fill_codes(uint8_t* tile, int column) const {
+        constexpr int STEP = THREADS / CODE_UNITS;
+        const int row = thread() / CODE_UNITS, at = (column / LANE + thread() % CODE_UNITS) * 16;
+        const int bytes = at < args.row_bytes ? smaller(args.row_bytes - at, 16) : 0;
+        const int rows = int(smaller<int64_t>(args.out.n - first_row, ROWS));
+        const uint8_t* from = args.codes + (first_row + row) * args.row_bytes + at;
+        uint8_t* const to = tile + row * PITCH + thread() % CODE_UNITS * 16;
 #pragma unroll
-            for (int u = thread(); u < ROWS * CODE_UNITS; u += THREADS) {
-                const int64_t row = first_row + u / CODE_UNITS;
-                const int at = byte + u % CODE_UNITS * 16;
-                const int bytes = row < args.out.n && at < args.row_bytes ? smaller(args.row_bytes - at, 16) : 0;
-                const uint8_t* const source = args.codes + (bytes ? row * args.row_bytes + at : 0);
-                uint8_t* const to = codes(stage, part) + u / CODE_UNITS * PITCH + u % CODE_UNITS * 16;
-                args.codes_aligned ? copy_async(to, source, bytes)
-                                   : copy_now<typename Format::Piece>(to, source, bytes);
+        for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
+            const int here = row + i * STEP;
+            if (here < rows) {  // as above: the others' sums are not stored
+                if (ALIGNED)
+                    copy_async(to + i * STEP * PITCH, from, bytes);
+                else
+                    copy_now<typename Format::Piece>(to + i * STEP * PITCH, from, bytes);
             }
+            from += int64_t(STEP) * args.row_bytes;
         }
     }
 
@@ -195,14 +220,17 @@ struct TileFeed {
         load_scales(first);
     }
 
-    // Returns when `stage` is there for all threads, with a further stage asked for. `fence` comes after a thread's own
-    // copies have landed.
+    // Returns when `stage` is there for all threads. `fence` comes after a thread's own copies have landed.
     template <class Fence>
-    LLMKERN_DEVICE void advance(int stage, Fence fence) {
+    LLMKERN_DEVICE void arrive(int stage, Fence fence) const {
         store_scales(stage);
         copy_async_wait<AHEAD - 1>();
         fence();
         sync_block();
+    }
+
+    // After `arrive`: asks for what comes next.
+    LLMKERN_DEVICE void ask(int stage) {
         fill(stage + AHEAD);
         copy_async_commit();
         load_scales(stage + 1);

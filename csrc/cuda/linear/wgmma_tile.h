@@ -73,7 +73,7 @@ struct WgmmaTile {
         Left left[2];  // of the step under way, of the next one
         feed.start();
         if (feed.first < feed.last) {
-            feed.advance(feed.first, fence);
+            feed.arrive(feed.first, fence);
             decode(left[0], feed, feed.first, 0);
         }
         for (int stage = feed.first; stage < feed.last; stage++) {
@@ -84,11 +84,12 @@ struct WgmmaTile {
 #pragma unroll
                 for (int r = 0; r < ROW_TILES; r++) wgmma<T, TOKENS>(acc[r], left[step % 2][r], x);
                 wgmma_commit();
+                if (step == 0) feed.ask(stage);  // behind the products of this step
                 wgmma_wait<1>();  // the step before: its registers are free, and with its last step a stage is
                 if (step + 1 < STEPS) {
                     decode(left[(step + 1) % 2], feed, stage, step + 1);
                 } else if (stage + 1 < feed.last) {
-                    feed.advance(stage + 1, fence);
+                    feed.arrive(stage + 1, fence);
                     decode(left[0], feed, stage + 1, 0);
                 }
             }
