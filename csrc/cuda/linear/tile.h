@@ -25,6 +25,7 @@ struct Tile {
     using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, CODE_BYTES, STAGES, STAGES - 1, THREADS>;
     using Store = TileStore<T, ROWS, PARTS, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
+    static_assert(BYTES <= 99 * 1024, "more than a block of sm_86, sm_89 and sm_120 can have");
 
     const TileArgs& args;
     const int g = thread() % 32 / 4, c = thread() % 4;
@@ -107,7 +108,7 @@ struct Tile {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::THREADS <= 128 ? 2 : 1) tile_kernel(TileArgs args) {
+__global__ void __launch_bounds__(Tile::THREADS, Tile::THREADS <= 128 ? 3 : 2) tile_kernel(TileArgs args) {
     Tile tile(args);
     tile.run(int64_t(block_x()) * Tile::ROWS, int64_t(block_z()) * args.tokens, block_y());
 }

@@ -27,7 +27,8 @@ struct TileArgs {
     DType scales_dtype;
     const int8_t* zeros;
     int groups;
-    int group_size;
+    int group_units;         // of LANE_COLUMNS
+    uint32_t group_inverse;  // of group_units, for numerators that fit (see group_of); 0 if they do not
     int k;
     int splits;                     // blocks of a cluster, each with a share of the stages
     int tokens;                     // rows of x of a block, at most TOKENS
@@ -64,6 +65,13 @@ LLMKERN_DEVICE void copy_now(void* to, const void* from, int bytes) {
     *static_cast<Words4*>(to) = v;
 }
 
+// unit / group_units. With the inverse i = ceil(2^32 / u) a quotient is exact as long as its numerator times u is below
+// 2^32: i u exceeds 2^32 by less than u.
+LLMKERN_DEVICE int group_of(const TileArgs& args, int unit) {
+    if (args.group_units == 1) return unit;
+    return args.group_inverse ? int(uint64_t(uint32_t(unit)) * args.group_inverse >> 32) : unit / args.group_units;
+}
+
 struct alignas(8) TileScale {
     uint32_t scale, offset;
 };
@@ -96,7 +104,7 @@ struct TileFeed {
           tokens(int(smaller<int64_t>(args.tokens, args.out.m - first_token))),
           first(int(int64_t(stages(args)) * split / args.splits)),
           last(int(int64_t(stages(args)) * (split + 1) / args.splits)),
-          wide(args.groups <= 1 || args.group_size % TILE_COLUMNS == 0) {}
+          wide(args.groups <= 1 || args.group_units % SLOTS == 0) {}
 
     static LLMKERN_DEVICE int stages(const TileArgs& args) {
         return (args.k + PARTS * TILE_COLUMNS - 1) / (PARTS * TILE_COLUMNS);
@@ -169,46 +177,65 @@ struct TileFeed {
         }
     }
 
-    // Entry i of this thread among the scales of a stage: part, row, slot; false if it has none.
-    LLMKERN_DEVICE bool entry(int i, int& part, int& row, int& slot) const {
-        const int at = thread() + i * THREADS, slots = wide ? 1 : SLOTS;
-        slot = at % SLOTS;
-        if (wide) slot = 0;
-        row = (wide ? at : at / SLOTS) % ROWS;
-        part = (wide ? at : at / SLOTS) / ROWS;
-        return at < PARTS * ROWS * slots;
-    }
+    // Entry i of this thread among the scales of a stage: row, slot and part.
+    template <bool WIDE>
+    struct Entry {
+        static constexpr int USED = WIDE ? 1 : SLOTS, ALL = PARTS * ROWS * USED, HELD = (ALL + THREADS - 1) / THREADS;
+        const int at, row = at / USED % ROWS, slot = at % USED, part = at / USED / ROWS;
+        explicit LLMKERN_DEVICE Entry(int i) : at(thread() + i * THREADS) {}
+        LLMKERN_DEVICE bool exists() const { return at < ALL; }
+    };
 
     // One scale per row: two stages' places hold the same throughout.
     LLMKERN_DEVICE bool scales_stand(int stage) const {
         return stage >= last || (args.groups <= 1 && stage >= first + 2);
     }
+    LLMKERN_DEVICE int64_t first_scale(int row) const {
+        return smaller<int64_t>(first_row + row, args.out.n - 1) * args.groups;
+    }
 
+    template <bool WIDE>
     LLMKERN_DEVICE void load_scales(int stage) {
-        if (scales_stand(stage)) return;
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            int part, row, slot;
-            if (!entry(i, part, row, slot)) continue;
-            const int column = smaller((stage * PARTS + part) * TILE_COLUMNS + slot * LANE, args.k - 1);
-            const int64_t in_weight = smaller<int64_t>(first_row + row, args.out.n - 1) * args.groups;
-            const int64_t at = in_weight + (args.groups > 1 ? column / args.group_size : 0);
+        for (int i = 0; i < Entry<WIDE>::HELD; i++) {
+            const Entry<WIDE> entry(i);
+            if (!entry.exists()) continue;
+            const int unit = (stage * PARTS + entry.part) * SLOTS + entry.slot;
+            const int group = args.groups > 1 ? smaller(group_of(args, unit), args.groups - 1) : 0;
+            const int64_t at = first_scale(entry.row) + group;
             scale[i] = load_float(args.scales, at, args.scales_dtype);
             zero[i] = args.zeros ? args.zeros[at] : 0;
-            if (stage == first) factor[i] = 1 / power_of_two<T>(load_float(args.scales, in_weight, args.scales_dtype));
+        }
+    }
+    LLMKERN_DEVICE void load_scales(int stage) {
+        if (!scales_stand(stage)) wide ? load_scales<true>(stage) : load_scales<false>(stage);
+    }
+
+    template <bool WIDE>
+    LLMKERN_DEVICE void load_factors() {
+#pragma unroll
+        for (int i = 0; i < Entry<WIDE>::HELD; i++) {
+            const Entry<WIDE> entry(i);
+            factor[i] = 1;
+            if (std::is_same_v<T, F16> && args.groups > 1 && entry.exists())
+                factor[i] = 1 / power_of_two<T>(load_float(args.scales, first_scale(entry.row), args.scales_dtype));
         }
     }
 
+    template <bool WIDE>
     LLMKERN_DEVICE void store_scales(int stage) const {
-        if (scales_stand(stage)) return;
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            int part, row, slot;
-            if (!entry(i, part, row, slot)) continue;
-            const float scaled = scale[i] * factor[i];
-            scales(stage, part)[row * SLOTS + slot] = {args.groups > 1 ? pack2<T>(scaled, scaled) : Magic<T>::ONE,
-                                                       Format::template neighbour_offset<T>(zero[i])};
+        for (int i = 0; i < Entry<WIDE>::HELD; i++) {
+            const Entry<WIDE> entry(i);
+            if (!entry.exists()) continue;
+            const float scaled = std::is_same_v<T, F16> ? scale[i] * factor[i] : scale[i];
+            scales(stage, entry.part)[entry.row * SLOTS + entry.slot] = {
+                args.groups > 1 ? pack2<T>(scaled, scaled) : Magic<T>::ONE,
+                Format::template neighbour_offset<T>(zero[i])};
         }
+    }
+    LLMKERN_DEVICE void store_scales(int stage) const {
+        if (!scales_stand(stage)) wide ? store_scales<true>(stage) : store_scales<false>(stage);
     }
 
     LLMKERN_DEVICE void start() {
@@ -217,6 +244,7 @@ struct TileFeed {
             fill(first + i);
             copy_async_commit();
         }
+        wide ? load_factors<true>() : load_factors<false>();
         load_scales(first);
     }
 

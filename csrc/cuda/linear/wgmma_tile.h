@@ -28,6 +28,7 @@ struct WgmmaTile {
     using Feed = TileFeed<Format, T, ROWS, TOKENS, 1, PITCH, STAGES, STAGES - 2, THREADS>;
     using Store = TileStore<T, ROWS, 1, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
+    static_assert(BLOCKS * (BYTES + 1024) <= 228 * 1024, "more than a multiprocessor has");
     using Left = uint32_t[ROW_TILES][4];
 
     const TileArgs& args;
