@@ -62,9 +62,13 @@ LLMKERN_DEVICE float load_cluster(const float* mine, int rank) {
         : "memory");
     return value;
 }
+LLMKERN_DEVICE int load_cluster(const int* mine, int rank) {
+    return __float_as_int(load_cluster(reinterpret_cast<const float*>(mine), rank));
+}
 #else
 LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
 LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
+LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
 #endif
 
 // 16 bytes that are read once: past L1, and a whole line of L2 at a time.
@@ -100,6 +104,11 @@ LLMKERN_DEVICE void copy_async_wait() {
 // Bytes of a and b by the selector's nibbles: 0 to 3 are a's, 4 to 7 b's.
 LLMKERN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 LLMKERN_DEVICE int popcount(uint32_t a) { return __popc(a); }
+// The larger of each two halves, as unsigned integers.
+LLMKERN_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+// c + the products of four signed bytes each.
+LLMKERN_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(int(a), int(b), c); }
+LLMKERN_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 
 template <class T>
 LLMKERN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);

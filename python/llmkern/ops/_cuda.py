@@ -89,6 +89,59 @@ def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     return Plan(row_tiles, token_tiles, splits)
 
 
+def best_integer(gpu: Gpu, m: int) -> str:
+    """Which kernel suits a product with M rows of x quantized to int8."""
+    if m <= 16:
+        return "stream"
+    return "wgmma" if gpu.capability[0] == 9 else "mma"
+
+
+def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
+    """Why `kernel` leaves a product to a later row: to an earlier one, which did not run, it cannot."""
+    faster = best_integer(gpu, m)
+    if ORDER.index(faster) <= ORDER.index(kernel):
+        return None
+    return f"cuda.{faster} is faster for {m} rows of x"
+
+
+def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int) -> Plan:
+    """Sizes of `cuda.mma` with quantized x: 128 rows of w and as many rows of x as can be kept busy.
+
+    With several groups per row the sums of a group and those of the row wait in registers, which 128 rows leave none.
+    """
+    rows = -(-n // 128)
+    token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
+    blocks = rows * -(-m // (8 * token_tiles))
+    splits = 1
+    while gpu.capability >= (9, 0) and splits < 8 and 2 * blocks * splits <= gpu.multiprocessors:
+        if k < 2 * splits * 512:  # at least four steps of 128 columns
+            break
+        splits *= 2
+    return Plan(8, token_tiles, splits)
+
+
+def quantizes_inside(m: int, k: int) -> bool:
+    """Whether `cuda.stream` quantizes x itself rather than after a kernel that does.
+
+    Every block then reads all of its rows of x once more, for which half of what a launch costs is the measure.
+    """
+    return m <= 8 and m * k <= 32768
+
+
+def integer_workspace(x: Tensor, m: int, k: int, x_groups: int, groups: int) -> Tensor:
+    """Room for x [M, K] as int8 in rows of a multiple of 64, its scales [M, x_groups] and sums [M, groups].
+
+    From torch's allocator, so that a CUDA graph that is being captured owns it: csrc/cuda/linear/integer.h fills it.
+    """
+    return x.new_empty(m * (-(-k // 64) * 64 + 4 * (x_groups + groups)), dtype=torch.uint8)
+
+
+def inside_aligned(x: Tensor, weight: Tensor, k: int, row_bytes: int) -> bool:
+    """Whether rows of x [..., K] and of the weight start at multiples of 16 bytes, which `quantizes_inside` needs."""
+    whole = k % 8 == 0 and row_bytes % 16 == 0
+    return whole and x.is_contiguous() and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+
+
 def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
     """Why a kernel cannot run whose scales are those of `multiple` neighbouring columns."""
     if group_size < k and group_size % multiple:
@@ -96,10 +149,16 @@ def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
     return None
 
 
-def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | None]) -> None:
+def add_rows(
+    op: Op,
+    call: Callable[..., Tensor],
+    rejects: Callable[..., str | None],
+    yields: Callable[..., str | None] | None = None,
+) -> None:
     """One row per CUDA kernel of this op that is built.
 
-    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first.
+    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first, and
+    `yields(kernel, gpu, x, ...)` whether a later row is faster.
     """
     if _features.cuda is None:
         op.kernel("cuda.native", "cuda", reason=_features.cuda_error)(call)
@@ -108,8 +167,9 @@ def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | N
     for kernel in ORDER:
         if function := getattr(built, kernel, None):
             op.kernel(
-                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel)
-            )(partial(_run, call, kernel, function))
+                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel),
+                yields=partial(_yields, yields, kernel) if yields else None,
+            )(partial(_run, call, kernel, function))  # fmt: skip
 
 
 def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
@@ -118,6 +178,10 @@ def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any
     if x.dtype not in HALVES:
         return f"needs bfloat16 or float16 x, got {x.dtype}"
     return more(kernel, x, *args)
+
+
+def _yields(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
+    return more(kernel, device_of(x), x, *args)
 
 
 def _run(call: Callable[..., Tensor], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Tensor:
