@@ -89,9 +89,11 @@ LLMKERN_DEVICE Words4 load_shared_use(const void* address) {
     return v;
 }
 
-// Shared memory from global memory in the background: `bytes` (0 to 16) of the 16, zeros for the rest.
+// Shared memory from global memory in the background: `bytes` (0 to 16) of the 16, zeros for the rest; into L2 comes
+// the whole line.
 LLMKERN_DEVICE void copy_async(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
+                 "r"(bytes)
                  : "memory");
 }
 LLMKERN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

@@ -34,6 +34,9 @@ inline int block_x() { return machine.current->block->index.x; }
 inline int block_y() { return machine.current->block->index.y; }
 inline int block_z() { return machine.current->block->index.z; }
 inline uint8_t* shared_memory() { return machine.current->block->shared; }
+inline uint32_t shared_address(const void* pointer) {
+    return uint32_t(static_cast<const uint8_t*>(pointer) - shared_memory());
+}
 
 inline void sync_block() {
     meet(machine.current->block->all, thread(), "sync_block", nullptr, [](void* const*) {});
@@ -109,6 +112,7 @@ void copy_async_wait() {
     auto& groups = machine.current->groups;
     while (groups.size() > PENDING) {
         for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+        machine.current->unfenced |= !groups.front().empty();
         groups.erase(groups.begin());
     }
 }
