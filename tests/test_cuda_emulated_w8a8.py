@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +22,7 @@ from llmkern.ops.int8_dynamic_linear.reference import quantize_rows
 __all__ = ["emulated"]
 
 OP = "int8_dynamic_linear"
-KERNELS = ("stream", "mma")
+KERNELS = ("stream", "mma", "wgmma")
 BUSY_GPU = _cuda.Gpu((8, 0), 1)  # any work keeps it busy: the largest tiles
 CASES = [
     LinearCase(OP, 1, 1),
@@ -57,13 +59,16 @@ def test_few_rows(emulated: ModuleType, case: LinearCase, dtype: torch.dtype, ge
         testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}")
 
 
+@pytest.mark.parametrize("kernel", KERNELS[1:])
 @pytest.mark.parametrize("case", TILE_CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_more_rows(emulated: ModuleType, case: LinearCase, generator: torch.Generator) -> None:
+def test_more_rows(emulated: ModuleType, kernel: str, case: LinearCase, generator: torch.Generator) -> None:
+    if kernel == "wgmma" and case.group_size and case.group_size % 128:
+        case = replace(case, group_size=128)
     for at, m in enumerate((0, 1, 33, 65, 130)):
         x = torch.randn((m, case.k), generator=generator).to(BF16 if at % 2 else F16)
         bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
-        y = run(emulated, "mma", case, x, bias, OLD_GPU if at == 3 else GPU)
+        y = run(emulated, kernel, case, x, bias, OLD_GPU if at == 3 and kernel == "mma" else GPU)
         testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}")
 
 
@@ -94,9 +99,12 @@ def test_few_rows_quantized_before(
 def test_every_tile(emulated: ModuleType, generator: torch.Generator) -> None:
     """The largest tiles, and more tiles of rows of x than take turns."""
     wide, many = LinearCase(OP, 260, 272, symmetric=False), LinearCase(OP, 136, 16)
-    for case, m, gpu in ((wide, 150, BUSY_GPU), (many, 580, OLD_GPU)):
+    for kernel, case, m, gpu in (
+        ("mma", wide, 150, BUSY_GPU), ("mma", many, 580, OLD_GPU), ("wgmma", wide, 150, BUSY_GPU),
+        ("wgmma", many, 110, GPU),
+    ):  # fmt: skip
         x, bias = torch.randn((m, case.k), generator=generator).bfloat16(), make_bias(case, generator)
-        y = run(emulated, "mma", case, x, bias, gpu)
+        y = run(emulated, kernel, case, x, bias, gpu)
         testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}")
 
 
@@ -146,9 +154,21 @@ def test_choice() -> None:
     assert _cuda.quantizes_inside(8, 4096)
     assert not _cuda.quantizes_inside(9, 256)
     assert not _cuda.quantizes_inside(8, 14336)
-    for m in (17, 33, 65, 130, 4096):
-        for n, k in ((33, 75), (4096, 4096), (14336, 4096), (4096, 14336)):
-            plan = _cuda.integer_tile_plan(GPU, "mma", m, n, k, 1)
+    for m, (n, k), groups in itertools.product(
+        (17, 33, 65, 97, 130, 193, 257, 4096), ((33, 75), (4096, 4096), (14336, 4096), (4096, 14336)), (1, 8)
+    ):
+        for kernel in KERNELS[1:]:
+            plan = _cuda.integer_tile_plan(GPU, kernel, m, n, k, groups)
             blocks = -(-n // 128) * -(-m // (8 * plan.token_tiles))
             assert plan.splits == 1 or blocks * plan.splits <= GPU.multiprocessors
-            assert _cuda.integer_tile_plan(OLD_GPU, "mma", m, n, k, 1).splits == 1
+            assert groups == 1 or plan.token_tiles <= 12
+        assert _cuda.integer_tile_plan(OLD_GPU, "mma", m, n, k, groups).splits == 1
+
+
+def test_a_later_kernel_is_no_reason_to_run_none() -> None:
+    """Rows yield to rows that come after them only: one that came before and was passed over has refused."""
+    assert _cuda.integer_yields("wgmma", GPU, 16)
+    assert _cuda.integer_yields("mma", GPU, 16)
+    assert not _cuda.integer_yields("stream", GPU, 16)
+    assert not _cuda.integer_yields("mma", GPU, 4096)
+    assert not _cuda.integer_yields("stream", OLD_GPU, 4096)

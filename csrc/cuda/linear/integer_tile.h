@@ -94,6 +94,40 @@ LLMKERN_DEVICE void steps_of(const IntegerArgs& args, int split, int& first, int
     first = int(int64_t(steps) * split / args.splits), last = int(int64_t(steps) * (split + 1) / args.splits);
 }
 
+// Asks for a step of a Tile's w and x, into what is shared at `w` and at `x`: 16 bytes of a row at a time, each where
+// the Tile wants it.
+template <class Tile, int THREADS, bool ALIGNED>
+LLMKERN_DEVICE void load_step(const IntegerArgs& args, int64_t first_row, int64_t first_token, int step, uint8_t* w,
+                              uint8_t* x) {
+    constexpr int W_PIECES = Tile::W_BYTES / 16, W_TURNS = TILE_ROWS * W_PIECES / THREADS;
+    constexpr int X_PIECES = TILE_STEP / 16, X_ALL = Tile::TOKENS * X_PIECES, X_TURNS = (X_ALL + THREADS - 1) / THREADS;
+#pragma unroll(ALIGNED ? W_TURNS : 1)
+    for (int i = 0; i < W_TURNS; i++) {
+        const int at = i * THREADS + thread(), row = at / W_PIECES, piece = at % W_PIECES;
+        const int byte = step * Tile::W_BYTES + piece * 16;
+        const uint8_t* const from = args.codes + smaller<int64_t>(first_row + row, args.out.n - 1) * args.row_bytes;
+        uint8_t* const to = w + Tile::w_place(row, piece);
+        if (ALIGNED) {
+            copy_async(to, byte < args.row_bytes ? from + byte : from, byte < args.row_bytes ? 16 : 0);
+        } else {
+            Words4 v{};
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+                if (byte + j < args.row_bytes) v.w[j / 4] |= uint32_t(from[byte + j]) << j % 4 * 8;
+            *reinterpret_cast<Words4*>(to) = v;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < X_TURNS; i++) {
+        const int at = i * THREADS + thread(), token = at / X_PIECES, piece = at % X_PIECES;
+        if (X_ALL % THREADS && at >= X_ALL) break;
+        const int column = step * TILE_STEP + piece * 16;
+        const int8_t* const from = args.x_codes + smaller<int64_t>(first_token + token, args.out.m - 1) * args.padded_k;
+        const bool inside = column < args.padded_k;
+        copy_async(x + Tile::x_place(token, piece), inside ? from + column : from, inside ? 16 : 0);
+    }
+}
+
 // GROUPED: w has several scales per row. ALIGNED: rows of w start at multiples of 16 bytes.
 template <class Format, int TOKEN_WARPS, int TOKEN_TILES, bool GROUPED, bool ALIGNED>
 struct IntegerTile {
@@ -124,32 +158,7 @@ struct IntegerTile {
 
     LLMKERN_DEVICE void load(int step, int stage) const {
         uint8_t* const w = shared_memory() + stage * STAGE;
-        uint8_t* const x = w + W_STAGE;
-#pragma unroll(ALIGNED ? TILE_ROWS * W_BYTES / 16 / THREADS : 1)
-        for (int i = 0; i < TILE_ROWS * W_BYTES / 16 / THREADS; i++) {
-            const int at = i * THREADS + thread(), row = at / (W_BYTES / 16), piece = at % (W_BYTES / 16);
-            const int byte = step * W_BYTES + piece * 16;
-            const uint8_t* const from = args.codes + smaller<int64_t>(first_row + row, args.out.n - 1) * args.row_bytes;
-            uint8_t* const to = w + w_place(row, piece);
-            if (ALIGNED) {
-                copy_async(to, byte < args.row_bytes ? from + byte : from, byte < args.row_bytes ? 16 : 0);
-            } else {
-                Words4 v{};
-#pragma unroll
-                for (int j = 0; j < 16; j++)
-                    if (byte + j < args.row_bytes) v.w[j / 4] |= uint32_t(from[byte + j]) << j % 4 * 8;
-                *reinterpret_cast<Words4*>(to) = v;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < TOKENS * TILE_STEP / 16 / THREADS; i++) {
-            const int at = i * THREADS + thread(), token = at / 8, piece = at % 8;
-            const int column = step * TILE_STEP + piece * 16;
-            const int8_t* const from =
-                args.x_codes + smaller<int64_t>(first_token + token, args.out.m - 1) * args.padded_k;
-            const bool inside = column < args.padded_k;
-            copy_async(x + x_place(token, piece), inside ? from + column : from, inside ? 16 : 0);
-        }
+        load_step<IntegerTile, THREADS, ALIGNED>(args, first_row, first_token, step, w, w + W_STAGE);
     }
 
     LLMKERN_DEVICE void load_scales(int group) {

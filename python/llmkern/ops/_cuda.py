@@ -105,12 +105,18 @@ def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
 
 
 def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int) -> Plan:
-    """Sizes of `cuda.mma` with quantized x: 128 rows of w and as many rows of x as can be kept busy.
+    """Sizes of `cuda.mma` and `cuda.wgmma` with quantized x: 128 rows of w and as many rows of x as can be kept busy.
 
-    With several groups per row the sums of a group and those of the row wait in registers, which 128 rows leave none.
+    With several groups per row the sums of a group and those of the row wait in registers, which leaves fewer for rows
+    of x. `cuda.wgmma` divides them evenly among blocks, so that a row too many costs no whole block.
     """
     rows = -(-n // 128)
-    token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
+    if kernel == "wgmma":
+        most = 12 if groups > 1 else 16 if rows * -(-m // 256) < gpu.multiprocessors else 32
+        token_blocks = -(-m // (8 * most))
+        token_tiles = next(tiles for tiles in (4, 8, 12, 16, 32) if m <= 8 * tiles * token_blocks)
+    else:
+        token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
     blocks = rows * -(-m // (8 * token_tiles))
     splits = 1
     while gpu.capability >= (9, 0) and splits < 8 and 2 * blocks * splits <= gpu.multiprocessors:

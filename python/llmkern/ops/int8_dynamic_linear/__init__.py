@@ -49,7 +49,7 @@ def cuda_rejects(
     """Why a CUDA kernel cannot run on these arguments."""
     if codes.shape[1] == 0:
         return "needs K of at least 1, got K=0"
-    return _cuda.rejects_groups(group_size, codes.shape[1], 64)
+    return _cuda.rejects_groups(group_size, codes.shape[1], 128 if kernel == "wgmma" else 64)
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, codes: Tensor, *rest: Any) -> str | None:
