@@ -15,6 +15,9 @@ namespace llmkern::cuda {
 struct Bf16 {};
 struct F16 {};
 
+struct alignas(8) Words2 {
+    uint32_t w[2];
+};
 struct alignas(16) Words4 {
     uint32_t w[4];
 };
@@ -105,12 +108,17 @@ LLMKERN_DEVICE void copy_async_wait() {
 
 // Bytes of a and b by the selector's nibbles: 0 to 3 are a's, 4 to 7 b's.
 LLMKERN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// (a & mask) | bits in one instruction: left to itself the compiler takes two rather than a register for a constant.
+LLMKERN_DEVICE uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
 LLMKERN_DEVICE int popcount(uint32_t a) { return __popc(a); }
 // The larger of each two halves, as unsigned integers.
 LLMKERN_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 // c + the products of four signed bytes each.
 LLMKERN_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(int(a), int(b), c); }
-LLMKERN_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 
 template <class T>
 LLMKERN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
@@ -156,6 +164,8 @@ LLMKERN_DEVICE float to_float<F16>(uint16_t value) {
     return f;
 }
 
+LLMKERN_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+LLMKERN_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 LLMKERN_DEVICE int round_to_int(float value) { return __float2int_rn(value); }
 
 // d += a b: a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4, c = lane % 4: a[0] and a[2] are row g, columns 2c and

@@ -18,7 +18,7 @@ LLMKERN_DEVICE uint64_t describe(const void* tile, int byte) {
     constexpr uint64_t LEADING = 1;         // means nothing when rows are swizzled
     constexpr uint64_t STRIDE = 1024 / 16;  // from eight rows to the next
     constexpr uint64_t SWIZZLE_128_BYTES = 1;
-    const uint64_t start = (shared_address(tile) + byte & 0x3ffff) / 16;
+    const uint64_t start = ((shared_address(tile) + byte) & 0x3ffff) / 16;
     return start | LEADING << 16 | STRIDE << 32 | SWIZZLE_128_BYTES << 62;
 }
 

@@ -20,6 +20,7 @@ HALVES = (torch.bfloat16, torch.float16)
 ORDER = ("wgmma", "mma", "stream")  # of the rows; which of them runs, `best` says
 OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0)}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
+WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
 
 
 class Gpu(NamedTuple):
@@ -89,6 +90,63 @@ def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     return Plan(row_tiles, token_tiles, splits)
 
 
+def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
+    """Sizes of `cuda.mma`: 64 rows of w by 32 of x, or 128 by 64 (csrc/cuda/linear/launch_mma.h).
+
+    Small blocks where x has no more rows, or where nothing else gives every multiprocessor a block: there are no
+    clusters before 9.0. Rows of x are divided evenly, so that a row more than a block takes is not a block more for it.
+    """
+    row_tiles, most, columns = 8, 8, 64
+    if m <= 32 or (gpu.capability < (9, 0) and _blocks(n, 8) * -(-m // 64) < gpu.multiprocessors):
+        row_tiles, most, columns = 4, 4, 128
+    token_blocks = -(-m // (8 * most))
+    token_tiles = -(-m // (8 * token_blocks))
+    blocks = _blocks(n, row_tiles) * token_blocks
+    return Plan(row_tiles, token_tiles, _cluster(gpu, blocks, k, 4 * columns))
+
+
+def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
+    """Sizes of `cuda.wgmma`: 128 rows of w by some of x, or 256 by 128 where that takes no more rounds of blocks."""
+    token_blocks = -(-m // 128)
+    token_tiles = next(tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles * token_blocks)
+    small, large = _blocks(n, 8) * token_blocks, _blocks(n, 16) * token_blocks
+    if token_tiles == 16 and 2 * -(-large // gpu.multiprocessors) <= -(-small // gpu.multiprocessors):
+        return Plan(16, token_tiles, 1)
+    return Plan(8, token_tiles, _cluster(gpu, small, k, 512))
+
+
+def _blocks(n: int, row_tiles: int) -> int:
+    return -(-n // (16 * row_tiles))
+
+
+def _cluster(gpu: Gpu, blocks: int, k: int, least: int) -> int:
+    """Blocks that divide K until every multiprocessor has one, as long as each has `least` columns."""
+    splits = 1
+    while gpu.capability >= (9, 0) and splits < 8 and 2 * blocks * splits <= gpu.multiprocessors:
+        if k < 2 * splits * least:
+            break
+        splits *= 2
+    return splits
+
+
+def codes_plan(kernel: str, gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
+    """Sizes for int4 and int8 weights with x kept, see `stream_plan`."""
+    if kernel == "stream":
+        return stream_plan(gpu, m, n, k, lane_columns)
+    return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k)
+
+
+def best(gpu: Gpu, m: int, n: int, k: int) -> str:
+    """Which kernel suits a product with M rows of x kept as they are and int4 or int8 weights.
+
+    Up to 16 rows every weight is used in one product as soon as it arrives. Up to 32, products of a warp keep up with
+    memory; from there on those of a warpgroup are needed, which take 64 rows of x in the time of reading int4 weights.
+    """
+    if m <= 16:
+        return "stream"
+    return "wgmma" if gpu.capability[0] == 9 and m > 32 else "mma"
+
+
 def best_integer(gpu: Gpu, m: int) -> str:
     """Which kernel suits a product with M rows of x quantized to int8."""
     if m <= 16:
@@ -96,9 +154,18 @@ def best_integer(gpu: Gpu, m: int) -> str:
     return "wgmma" if gpu.capability[0] == 9 else "mma"
 
 
+def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
+    """Why `kernel` leaves a product with x kept to a later row."""
+    return _leaves_to(best(gpu, m, n, k), kernel, m)
+
+
 def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
-    """Why `kernel` leaves a product to a later row: to an earlier one, which did not run, it cannot."""
-    faster = best_integer(gpu, m)
+    """Why `kernel` leaves a product with quantized x to a later row."""
+    return _leaves_to(best_integer(gpu, m), kernel, m)
+
+
+def _leaves_to(faster: str, kernel: str, m: int) -> str | None:
+    """A later row: to an earlier one, which did not run, it cannot."""
     if ORDER.index(faster) <= ORDER.index(kernel):
         return None
     return f"cuda.{faster} is faster for {m} rows of x"
@@ -118,12 +185,7 @@ def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int
     else:
         token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
     blocks = rows * -(-m // (8 * token_tiles))
-    splits = 1
-    while gpu.capability >= (9, 0) and splits < 8 and 2 * blocks * splits <= gpu.multiprocessors:
-        if k < 2 * splits * 512:  # at least four steps of 128 columns
-            break
-        splits *= 2
-    return Plan(8, token_tiles, splits)
+    return Plan(8, token_tiles, _cluster(gpu, blocks, k, 512))
 
 
 def quantizes_inside(m: int, k: int) -> bool:

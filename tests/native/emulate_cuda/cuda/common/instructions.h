@@ -25,6 +25,9 @@ using emulated::meet;
 struct Bf16 {};
 struct F16 {};
 
+struct alignas(8) Words2 {
+    uint32_t w[2];
+};
 struct alignas(16) Words4 {
     uint32_t w[4];
 };
@@ -123,6 +126,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; i++) d |= uint32_t(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
     return d;
 }
+inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 inline int popcount(uint32_t a) { return __builtin_popcount(a); }
 inline uint32_t larger_halves(uint32_t a, uint32_t b) {
     const uint32_t high = std::max(a >> 16, b >> 16), low = std::max(a & 0xffff, b & 0xffff);
@@ -131,11 +135,6 @@ inline uint32_t larger_halves(uint32_t a, uint32_t b) {
 inline int dot4(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 4; i++) c += int8_t(a >> 8 * i) * int8_t(b >> 8 * i);
     return c;
-}
-inline uint32_t float_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
 }
 
 // Rounds a double once to the type's bits: to nearest, ties to even.
@@ -182,6 +181,17 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
         d |= uint32_t(round_to<T>(half(a) * half(b) + half(c))) << shift;
     }
     return d;
+}
+
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float bits_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 inline int round_to_int(float value) { return int(std::nearbyint(value)); }
