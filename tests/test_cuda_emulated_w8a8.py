@@ -44,6 +44,19 @@ TILE_CASES = [
     LinearCase(OP, 129, 2064, symmetric=False),
     LinearCase(OP, 264, 400),
 ]
+W4A8_CASES = [
+    LinearCase(
+        "int4_linear", n, k, group_size=group_size, scale_dtype=scale_dtype, symmetric=symmetric, extra=("int8",)
+    )
+    for n, k, group_size, scale_dtype, symmetric in (
+        (1, 1, None, F32, True),
+        (33, 75, None, F16, False),
+        (20, 260, 128, F32, True),
+        (40, 1056, 128, BF16, False),
+        (24, 1056, 384, F32, True),
+        (136, 544, None, F32, False),
+    )
+]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
@@ -68,6 +81,30 @@ def test_more_rows(emulated: ModuleType, kernel: str, case: LinearCase, generato
         bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
         y = run(emulated, kernel, case, x, bias, OLD_GPU if at == 3 and kernel == "mma" else GPU)
         testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}")
+
+
+@pytest.mark.parametrize("case", W4A8_CASES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_int4(
+    emulated: ModuleType, case: LinearCase, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale of x per group, found in the kernel where a group is what four lanes have, else before it."""
+    for at, (kernel, m) in enumerate(
+        [*(("stream_int8", m) for m in (0, 1, 3, 8, 9, 17)), *(("mma_int8", m) for m in (1, 33, 70))]
+    ):
+        x = torch.randn((m, case.k), generator=generator).to(BF16 if at % 2 else F16)
+        bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
+        y = run(emulated, kernel, case, x, bias, OLD_GPU if at == 2 else GPU)
+        testing.assert_within(y, *expected(case, x, bias), f"{case}, {kernel}, M={m}")
+    x = torch.randn((7, case.k), generator=generator).bfloat16()
+    x[2] = torch.nan
+    others = torch.arange(7) != 2
+    for inside in (True, False):
+        if not inside:
+            monkeypatch.setattr(_cuda, "inside_aligned", lambda x, weight, k, row_bytes: False)
+        y = run(emulated, "stream_int8", case, x, None)
+        assert y[2].isnan().all()
+        testing.assert_within(y[others], *expected(case, x[others], None), f"{case}, {inside=}")
 
 
 def raw(emulated: ModuleType, kernel: str, x: Tensor, codes: Tensor, scales: Tensor, gpu: Any = GPU) -> Tensor:

@@ -66,6 +66,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
 #define LLMKERN_KERNEL(kernel) def_linear(int4_linear_module, #kernel, kernels::kernel::int4_linear, codes_args);
 #include "cuda/int4_linear/kernels.def"
 #undef LLMKERN_KERNEL
+#define LLMKERN_KERNEL(kernel) \
+    def_linear(int4_linear_module, #kernel "_int8", kernels::kernel::int4_linear_int8, integer_codes_args);
+#include "cuda/int4_linear/int8_kernels.def"
+#undef LLMKERN_KERNEL
 }
 
 }  // namespace llmkern::cuda

@@ -306,17 +306,18 @@ void launch_integer_stream(const char* name, const IntegerCodesArgs& from, int r
         grid.shared_bytes = size_t(bytes);
         launch(name, kernel, grid, from.codes.linear.stream, args);
     };
-#define LLMKERN_STREAM(T, X, rows, tokens, depth, is_aligned)                                                         \
-    {                                                                                                                 \
-        constexpr int bytes = integer_stream_sums<rows, tokens> + (X == X_ROWS ? int(sizeof(XScales<tokens>)) : 0);   \
-        if constexpr (X == X_CHUNKS)                                                                                  \
-            return start(integer_stream_kernel<Format, T, X, rows, tokens, depth, true, is_aligned>, rows, tokens,    \
-                         bytes);                                                                                      \
-        else                                                                                                          \
-            return grouped ? start(integer_stream_kernel<Format, T, X, rows, tokens, depth, true, is_aligned>, rows,  \
-                                   tokens, bytes)                                                                     \
-                           : start(integer_stream_kernel<Format, T, X, rows, tokens, depth, false, is_aligned>, rows, \
-                                   tokens, bytes);                                                                    \
+    // Where x has scales of its own per group, so has w, and where int4 codes have one scale per row, x has too.
+#define LLMKERN_STREAM(T, X, rows, tokens, depth, is_aligned)                                                       \
+    {                                                                                                               \
+        constexpr int bytes = integer_stream_sums<rows, tokens> + (X == X_ROWS ? int(sizeof(XScales<tokens>)) : 0); \
+        if constexpr (X != X_CHUNKS) {                                                                              \
+            if (!grouped)                                                                                           \
+                return start(integer_stream_kernel<Format, T, X, rows, tokens, depth, false, is_aligned>, rows,     \
+                             tokens, bytes);                                                                        \
+        }                                                                                                           \
+        if constexpr (X != X_ROWS || !Format::OFFSET)                                                               \
+            return start(integer_stream_kernel<Format, T, X, rows, tokens, depth, true, is_aligned>, rows, tokens,  \
+                         bytes);                                                                                    \
     }
 #define LLMKERN_STREAM_INSIDE(X)                                                                        \
     {                                                                                                   \

@@ -27,7 +27,7 @@ constexpr int integer_tile_bytes(int tokens) {
 
 // From the sums of a block's tile in shared memory, [TOKENS][TILE_STRIDE], to y: together with those of the cluster's
 // other blocks, of which each stores its share. Called by all THREADS of the block.
-template <class V, int THREADS, int TOKENS>
+template <class Format, class V, int THREADS, int TOKENS>
 LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64_t first_token, int split) {
     const V* const sums = reinterpret_cast<const V*>(shared_memory());
     args.splits > 1 ? sync_cluster() : sync_block();
@@ -36,14 +36,14 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
     const int64_t row = first_row + 8 * octet;
     const bool whole = args.out.n % 8 == 0 && reinterpret_cast<uintptr_t>(args.out.y) % 16 == 0;
     const bool scaled = std::is_same_v<V, float>;  // by w's scales
-    const bool offsets = !scaled && args.x_sums && args.zeros;
+    const bool offsets = !scaled && (Format::OFFSET || args.zeros);
     float scale[8];
-    int zero[8];
+    int offset[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int64_t at = smaller<int64_t>(row + i, args.out.n - 1);
         scale[i] = scaled ? 1.0f : load_float(args.scales, at, args.scales_dtype);
-        zero[i] = offsets ? args.zeros[at] : 0;
+        offset[i] = Format::OFFSET + (offsets && args.zeros ? args.zeros[at] : 0);
     }
     for (int t = thread() / OCTETS + split * AT_ONCE; t < TOKENS; t += args.splits * AT_ONCE) {
         const int64_t token = first_token + t;
@@ -62,7 +62,7 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
                 sum = 0;
                 for (int rank = 0; rank < args.splits; rank++) sum += load_cluster(mine, rank);
             }
-            if (offsets) sum -= V(zero[i] * x_sum);
+            if (offsets) sum -= V(offset[i] * x_sum);
             y.halves[i] = finish(args, smaller<int64_t>(row + i, args.out.n - 1), float(sum), scale[i] * x_scale);
         }
         uint16_t* const to = static_cast<uint16_t*>(args.out.y) + token * args.out.n + row;
@@ -272,10 +272,10 @@ struct IntegerTile {
         if constexpr (GROUPED) {
             if (group >= 0) scale_sums(group, first_of_group);
             to_shared(acc);
-            store_tile<float, THREADS, TOKENS>(args, first_row, first_token, split);
+            store_tile<Format, float, THREADS, TOKENS>(args, first_row, first_token, split);
         } else {
             to_shared(sums);
-            store_tile<int, THREADS, TOKENS>(args, first_row, first_token, split);
+            store_tile<Format, int, THREADS, TOKENS>(args, first_row, first_token, split);
         }
     }
 };

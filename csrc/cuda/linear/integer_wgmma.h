@@ -110,10 +110,10 @@ struct IntegerWgmma {
         sync_block();
         if constexpr (GROUPED) {
             to_shared(acc);
-            store_tile<float, THREADS, TOKENS>(args, first_row, first_token, split);
+            store_tile<Int8Codes, float, THREADS, TOKENS>(args, first_row, first_token, split);
         } else {
             to_shared(sums);
-            store_tile<int, THREADS, TOKENS>(args, first_row, first_token, split);
+            store_tile<Int8Codes, int, THREADS, TOKENS>(args, first_row, first_token, split);
         }
     }
 };

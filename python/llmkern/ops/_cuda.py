@@ -17,8 +17,14 @@ from llmkern._registry import Op
 from llmkern.ops._linear import DTYPE_CODES
 
 HALVES = (torch.bfloat16, torch.float16)
-ORDER = ("wgmma", "mma", "stream")  # of the rows; which of them runs, `best` says
-OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0)}  # compute capability
+ORDER = ("wgmma", "mma", "stream", "mma_int8", "stream_int8")  # of the rows; which of them runs, `best` says
+OLDEST = {
+    "stream": (8, 0),
+    "mma": (8, 0),
+    "wgmma": (9, 0),
+    "stream_int8": (8, 0),
+    "mma_int8": (8, 0),
+}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
 
@@ -161,6 +167,8 @@ def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
 
 def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
     """Why `kernel` leaves a product with quantized x to a later row."""
+    if kernel.endswith("_int8"):
+        return _leaves_to("stream_int8" if m <= 16 else "mma_int8", kernel, m)
     return _leaves_to(best_integer(gpu, m), kernel, m)
 
 
