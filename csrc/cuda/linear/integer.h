@@ -60,11 +60,14 @@ struct IntegerArgs {
     Output out;
 };
 
-// With the sum of a row finished but for the scales that all its columns share.
-LLMKERN_DEVICE uint16_t finish(const IntegerArgs& a, int64_t row, float sum, float scale) {
-    sum *= scale;
-    if (a.out.bias) sum += load_float(a.out.bias, row, a.out.bias_dtype);
-    return a.y_dtype == DType::BF16 ? to_bits<Bf16>(sum) : to_bits<F16>(sum);
+LLMKERN_DEVICE float bias_at(const Output& out, int64_t row) {
+    return out.bias ? load_float(out.bias, row, out.bias_dtype) : 0.0f;
+}
+
+// An element of y.
+LLMKERN_DEVICE uint16_t finish(DType dtype, float sum, float scale, float bias) {
+    sum = sum * scale + bias;
+    return dtype == DType::BF16 ? to_bits<Bf16>(sum) : to_bits<F16>(sum);
 }
 
 // Quantizes x into the workspace if there is one, and says where everything is. `x_group`: columns of x that share a

@@ -260,7 +260,8 @@ struct IntegerStream {
             return X == X_CODES && args.x_groups == 1 ? args.x_scales[token] : 1.0f;
         };
         const auto store = [&](int64_t row, int64_t token, float sum, float scale) {
-            static_cast<uint16_t*>(args.out.y)[token * args.out.n + row] = finish(args, row, sum, scale);
+            static_cast<uint16_t*>(args.out.y)[token * args.out.n + row] =
+                finish(args.y_dtype, sum, scale, bias_at(args.out, row));
         };
         if constexpr (GROUPED) {
             reduce_tiles<ROW_TILES, TOKEN_TILES, INTEGER_STREAM_WARPS>(

@@ -37,11 +37,12 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
     const bool whole = args.out.n % 8 == 0 && reinterpret_cast<uintptr_t>(args.out.y) % 16 == 0;
     const bool scaled = std::is_same_v<V, float>;  // by w's scales
     const bool offsets = !scaled && (Format::OFFSET || args.zeros);
-    float scale[8];
+    float scale[8], bias[8];
     int offset[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int64_t at = smaller<int64_t>(row + i, args.out.n - 1);
+        bias[i] = bias_at(args.out, at);
         scale[i] = scaled ? 1.0f : load_float(args.scales, at, args.scales_dtype);
         offset[i] = Format::OFFSET + (offsets && args.zeros ? args.zeros[at] : 0);
     }
@@ -63,7 +64,7 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
                 for (int rank = 0; rank < args.splits; rank++) sum += load_cluster(mine, rank);
             }
             if (offsets) sum -= V(offset[i] * x_sum);
-            y.halves[i] = finish(args, smaller<int64_t>(row + i, args.out.n - 1), float(sum), scale[i] * x_scale);
+            y.halves[i] = finish(args.y_dtype, float(sum), scale[i] * x_scale, bias[i]);
         }
         uint16_t* const to = static_cast<uint16_t*>(args.out.y) + token * args.out.n + row;
         if (whole) {

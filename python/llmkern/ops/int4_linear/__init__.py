@@ -11,6 +11,9 @@ from llmkern.ops import _cuda
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, groups, linear_op, native_call, pointer
 from llmkern.ops.int4_linear.reference import dequantize, reference
 
+# For CUDA kernels that quantize x: what they keep of each 16 columns fits into the shared memory of every GPU.
+MAX_INT8_K = 2**17
+
 
 def check(
     x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, group_size: int,
@@ -89,8 +92,8 @@ def cuda_rejects(
     if kernel.endswith("_int8"):
         if activations is None:
             return 'quantizes activations, which only activations="int8" asks for'
-        if x.shape[-1] == 0:
-            return "needs K of at least 1, got K=0"
+        if not 0 < x.shape[-1] <= MAX_INT8_K:
+            return f"needs K of 1 to {MAX_INT8_K}, got K={x.shape[-1]}"
         return _cuda.rejects_groups(group_size, x.shape[-1], 128)
     if activations is not None:
         return f"keeps activations as they are, but activations={activations!r} is asked for"
