@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/int4_linear/int4_linear.h"
+#include "cuda/int8_dynamic_linear/int8_dynamic_linear.h"
 #include "cuda/int8_linear/int8_linear.h"
 
 namespace py = pybind11;
@@ -40,6 +41,11 @@ CodesArgs codes_args(LinearArgs linear, Address codes, Address scales, int scale
     return {linear, at<void>(codes), at<void>(scales), DType(scales_dtype), at<int8_t>(zeros), group_size};
 }
 
+IntegerCodesArgs integer_codes_args(LinearArgs linear, Address codes, Address scales, int scales_dtype, Address zeros,
+                                    int64_t group_size, Address workspace) {
+    return {codes_args(linear, codes, scales, scales_dtype, zeros, group_size), at<void>(workspace)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -50,9 +56,19 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
 #include "cuda/int8_linear/kernels.def"
 #undef LLMKERN_KERNEL
 
+    py::module_ int8_dynamic_linear_module = m.def_submodule("int8_dynamic_linear");
+#define LLMKERN_KERNEL(kernel) \
+    def_linear(int8_dynamic_linear_module, #kernel, kernels::kernel::int8_dynamic_linear, integer_codes_args);
+#include "cuda/int8_dynamic_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
     py::module_ int4_linear_module = m.def_submodule("int4_linear");
 #define LLMKERN_KERNEL(kernel) def_linear(int4_linear_module, #kernel, kernels::kernel::int4_linear, codes_args);
 #include "cuda/int4_linear/kernels.def"
+#undef LLMKERN_KERNEL
+#define LLMKERN_KERNEL(kernel) \
+    def_linear(int4_linear_module, #kernel "_int8", kernels::kernel::int4_linear_int8, integer_codes_args);
+#include "cuda/int4_linear/int8_kernels.def"
 #undef LLMKERN_KERNEL
 }
 

@@ -65,9 +65,13 @@ LLMKERN_DEVICE float load_cluster(const float* mine, int rank) {
         : "memory");
     return value;
 }
+LLMKERN_DEVICE int load_cluster(const int* mine, int rank) {
+    return __float_as_int(load_cluster(reinterpret_cast<const float*>(mine), rank));
+}
 #else
 LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
 LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
+LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
 #endif
 
 // 16 bytes that are read once: past L1, and a whole line of L2 at a time.
@@ -125,6 +129,10 @@ LLMKERN_DEVICE uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) {
 }
 LLMKERN_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 LLMKERN_DEVICE int popcount(uint32_t a) { return __popc(a); }
+// The larger of each two halves, as unsigned integers.
+LLMKERN_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+// c + the products of four signed bytes each.
+LLMKERN_DEVICE int dot4(uint32_t a, uint32_t b, int c) { return __dp4a(int(a), int(b), c); }
 
 template <class T>
 LLMKERN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);

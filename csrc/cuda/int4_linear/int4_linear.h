@@ -13,4 +13,12 @@ namespace llmkern::cuda {
 #include "cuda/int4_linear/kernels.def"
 #undef LLMKERN_KERNEL
 
+// The same with x quantized to int8 per row and group of columns.
+#define LLMKERN_KERNEL(kernel)                                             \
+    namespace kernels::kernel {                                            \
+    void int4_linear_int8(const IntegerCodesArgs& args, const Plan& plan); \
+    }
+#include "cuda/int4_linear/int8_kernels.def"
+#undef LLMKERN_KERNEL
+
 }  // namespace llmkern::cuda

@@ -11,8 +11,6 @@
 
 namespace llmkern::cuda {
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <class Format, class T>
 void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const Plan& plan) {
     const LinearArgs& l = args.linear;

@@ -7,6 +7,8 @@
 
 namespace llmkern::cuda {
 
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 struct LinearArgs {
     const void* x;  // [m, k], bf16 or fp16
     DType x_dtype;
@@ -25,6 +27,13 @@ struct CodesArgs {
     DType scales_dtype;
     const int8_t* zeros;  // [n, groups] or null
     int64_t group_size;
+};
+
+// The same with x quantized to int8. `workspace`: where x's codes, scales and sums go, 16 bytes aligned
+// (ops/_cuda.py `integer_workspace`); null where the kernel shall quantize x as it goes.
+struct IntegerCodesArgs {
+    CodesArgs codes;
+    void* workspace;
 };
 
 // Sizes that the Python side chose (ops/_cuda.py): tiles of 16 rows of w and of 8 rows of x in a block, and the blocks

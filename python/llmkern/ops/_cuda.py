@@ -17,8 +17,14 @@ from llmkern._registry import Op
 from llmkern.ops._linear import DTYPE_CODES
 
 HALVES = (torch.bfloat16, torch.float16)
-ORDER = ("wgmma", "mma", "stream")  # of the rows; which of them runs, `best` says
-OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0)}  # compute capability
+ORDER = ("wgmma", "mma", "stream", "mma_int8", "stream_int8")  # of the rows; which of them runs, `best` says
+OLDEST = {
+    "stream": (8, 0),
+    "mma": (8, 0),
+    "wgmma": (9, 0),
+    "stream_int8": (8, 0),
+    "mma_int8": (8, 0),
+}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
 
@@ -145,12 +151,69 @@ def best(gpu: Gpu, m: int, n: int, k: int) -> str:
     return "wgmma" if gpu.capability[0] == 9 and m > 32 else "mma"
 
 
+def best_integer(gpu: Gpu, m: int) -> str:
+    """Which kernel suits a product with M rows of x quantized to int8."""
+    if m <= 16:
+        return "stream"
+    return "wgmma" if gpu.capability[0] == 9 else "mma"
+
+
 def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
-    """Why `kernel` leaves a product to a later row: to an earlier one, which did not run, it cannot."""
-    faster = best(gpu, m, n, k)
+    """Why `kernel` leaves a product with x kept to a later row."""
+    return _leaves_to(best(gpu, m, n, k), kernel, m)
+
+
+def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
+    """Why `kernel` leaves a product with quantized x to a later row."""
+    if kernel.endswith("_int8"):
+        return _leaves_to("stream_int8" if m <= 16 else "mma_int8", kernel, m)
+    return _leaves_to(best_integer(gpu, m), kernel, m)
+
+
+def _leaves_to(faster: str, kernel: str, m: int) -> str | None:
+    """A later row: to an earlier one, which did not run, it cannot."""
     if ORDER.index(faster) <= ORDER.index(kernel):
         return None
     return f"cuda.{faster} is faster for {m} rows of x"
+
+
+def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int) -> Plan:
+    """Sizes of `cuda.mma` and `cuda.wgmma` with quantized x: 128 rows of w and as many rows of x as can be kept busy.
+
+    With several groups per row the sums of a group and those of the row wait in registers, which leaves fewer for rows
+    of x. `cuda.wgmma` divides them evenly among blocks, so that a row too many costs no whole block.
+    """
+    rows = -(-n // 128)
+    if kernel == "wgmma":
+        most = 12 if groups > 1 else 16 if rows * -(-m // 256) < gpu.multiprocessors else 32
+        token_blocks = -(-m // (8 * most))
+        token_tiles = next(tiles for tiles in (4, 8, 12, 16, 32) if m <= 8 * tiles * token_blocks)
+    else:
+        token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
+    blocks = rows * -(-m // (8 * token_tiles))
+    return Plan(8, token_tiles, _cluster(gpu, blocks, k, 512))
+
+
+def quantizes_inside(m: int, k: int) -> bool:
+    """Whether `cuda.stream` quantizes x itself rather than after a kernel that does.
+
+    Every block then reads all of its rows of x once more, for which half of what a launch costs is the measure.
+    """
+    return m <= 8 and m * k <= 32768
+
+
+def integer_workspace(x: Tensor, m: int, k: int, x_groups: int, groups: int) -> Tensor:
+    """Room for x [M, K] as int8 in rows of a multiple of 64, its scales [M, x_groups] and sums [M, groups].
+
+    From torch's allocator, so that a CUDA graph that is being captured owns it: csrc/cuda/linear/integer.h fills it.
+    """
+    return x.new_empty(m * (-(-k // 64) * 64 + 4 * (x_groups + groups)), dtype=torch.uint8)
+
+
+def inside_aligned(x: Tensor, weight: Tensor, k: int, row_bytes: int) -> bool:
+    """Whether rows of x [..., K] and of the weight start at multiples of 16 bytes, which `quantizes_inside` needs."""
+    whole = k % 8 == 0 and row_bytes % 16 == 0
+    return whole and x.is_contiguous() and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from llmkern.ops import _cuda
-from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
+from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, groups, linear_op, native_call, pointer
 from llmkern.ops.int4_linear.reference import dequantize, reference
+
+# For CUDA kernels that quantize x: what they keep of each 16 columns fits into the shared memory of every GPU.
+MAX_INT8_K = 2**17
 
 
 def check(
@@ -49,12 +52,35 @@ def cuda(
     kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any,
     group_size: int, activations: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sizes and pointers for csrc/cuda/int4_linear."""
+    """Sizes, room for quantized x, and pointers for csrc/cuda/int4_linear."""
     n, k = words.shape[0], x.shape[-1]
+    if kernel.endswith("_int8"):
+        return _cuda_int8(kernel, function, gpu, x, words, scales, zeros, bias, group_size)
     plan = _cuda.codes_plan(kernel, gpu, x.numel() // max(k, 1), n, k, lane_columns=32)
     return _cuda.cuda_call(
         function, plan, x, n, bias, words.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
         group_size,
+    )  # fmt: skip
+
+
+def _cuda_int8(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, words: Tensor, scales: Tensor, zeros: Any, bias: Any,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """The same with activations="int8"."""
+    n, k = words.shape[0], x.shape[-1]
+    m, parts, inside = x.numel() // k, groups(k, group_size), False
+    if kernel == "stream_int8":
+        plan = _cuda.stream_plan(gpu, m, n, k, lane_columns=32)
+        # A group of 128 columns is quantized where it is used, without reading x twice.
+        pays = _cuda.quantizes_inside(m, k) if parts == 1 else group_size == 128 and m <= 8
+        inside = pays and _cuda.inside_aligned(x, words, k, 4 * words.shape[1])
+    else:
+        plan = _cuda.integer_tile_plan(gpu, "mma", m, n, k, parts)
+    workspace = None if inside else _cuda.integer_workspace(x, m, k, parts, parts)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, words.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
+        group_size, pointer(workspace),
     )  # fmt: skip
 
 
@@ -63,6 +89,12 @@ def cuda_rejects(
     activations: str | None = None,
 ) -> str | None:  # fmt: skip
     """Why a CUDA kernel cannot run on these arguments."""
+    if kernel.endswith("_int8"):
+        if activations is None:
+            return 'quantizes activations, which only activations="int8" asks for'
+        if not 0 < x.shape[-1] <= MAX_INT8_K:
+            return f"needs K of 1 to {MAX_INT8_K}, got K={x.shape[-1]}"
+        return _cuda.rejects_groups(group_size, x.shape[-1], 128)
     if activations is not None:
         return f"keeps activations as they are, but activations={activations!r} is asked for"
     return _cuda.rejects_groups(group_size, x.shape[-1], 32)
@@ -71,6 +103,8 @@ def cuda_rejects(
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, words: Tensor, *rest: Any) -> str | None:
     """Whether a later CUDA kernel is faster on these arguments."""
     k = x.shape[-1]
+    if kernel.endswith("_int8"):
+        return _cuda.integer_yields(kernel, gpu, x.numel() // k)
     return _cuda.yields(kernel, gpu, x.numel() // max(k, 1), words.shape[0], k)
 
 

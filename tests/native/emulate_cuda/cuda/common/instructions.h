@@ -2,6 +2,7 @@
 // machine.h. Fragment layouts are written down here a second time, from the PTX ISA's figures.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -51,9 +52,10 @@ inline void sync_cluster() {
     meet(*machine.cluster_group, place, "sync_cluster", nullptr, [](void* const*) {});
 }
 
-inline float load_cluster(const float* mine, int rank) {
+template <class V>
+V load_cluster(const V* mine, int rank) {
     const auto offset = reinterpret_cast<const uint8_t*>(mine) - shared_memory();
-    float value;
+    V value;
     std::memcpy(&value, machine.cluster.at(rank)->shared + offset, sizeof value);
     return value;
 }
@@ -134,6 +136,14 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 inline int popcount(uint32_t a) { return __builtin_popcount(a); }
+inline uint32_t larger_halves(uint32_t a, uint32_t b) {
+    const uint32_t high = std::max(a >> 16, b >> 16), low = std::max(a & 0xffff, b & 0xffff);
+    return high << 16 | low;
+}
+inline int dot4(uint32_t a, uint32_t b, int c) {
+    for (int i = 0; i < 4; i++) c += int8_t(a >> 8 * i) * int8_t(b >> 8 * i);
+    return c;
+}
 
 // Rounds a double once to the type's bits: to nearest, ties to even.
 template <class T>
