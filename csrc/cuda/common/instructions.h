@@ -74,6 +74,18 @@ LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
 LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
 #endif
 
+// With Grid::overlap: until all that earlier kernels of the stream wrote is there to be read. Before it a kernel may
+// bring weights into L2, which is no reading of them, and must not write. After it the next kernel may start likewise.
+// Before sm_90 kernels do not overlap.
+#if __CUDA_ARCH__ >= 900
+LLMKERN_DEVICE void dependency_wait() {
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n" ::: "memory");
+}
+#else
+LLMKERN_DEVICE void dependency_wait() {}
+#endif
+LLMKERN_DEVICE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address)); }
+
 // 16 bytes that are read once: past L1, and a whole line of L2 at a time.
 LLMKERN_DEVICE Words4 load_once(const void* address) {
     Words4 v;

@@ -13,12 +13,21 @@ struct Grid {
     unsigned threads = 256;
     size_t shared_bytes = 0;
     unsigned cluster_y = 1;  // blocks along y that share a cluster; more than 1 needs sm_90
+    bool overlap = false;    // may start while the stream's previous kernel ends: it calls dependency_wait() itself
 };
 
 inline void check(const char* kernel, cudaError_t error) {
     if (error != cudaSuccess)
         throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " +
                                  cudaGetErrorString(error));
+}
+
+// Compute capability of the current device, its first number.
+inline int major(const char* kernel) {
+    int device, found;
+    check(kernel, cudaGetDevice(&device));
+    check(kernel, cudaDeviceGetAttribute(&found, cudaDevAttrComputeCapabilityMajor, device));
+    return found;
 }
 
 // In the order of `stream`, without waiting for it.
@@ -33,11 +42,18 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, v
     config.blockDim = dim3(grid.threads);
     config.dynamicSmemBytes = grid.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {1, grid.cluster_y, 1};
-    config.attrs = &cluster;
-    config.numAttrs = grid.cluster_y > 1 ? 1 : 0;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
+    if (grid.cluster_y > 1) {
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {1, grid.cluster_y, 1};
+    }
+    if (grid.overlap && major(name) >= 9) {
+        cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
     check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

@@ -21,7 +21,7 @@ LLMKERN_DEVICE void wgmma_s8(int (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
     LLMKERN_S8_SUMS128, LLMKERN_S8_SUMS4(16), LLMKERN_S8_SUMS4(20), LLMKERN_S8_SUMS4(24), LLMKERN_S8_SUMS4(28)
 #define LLMKERN_S8_D32 LLMKERN_TEN() ", %10, %11, %12, %13, %14, %15"
 #define LLMKERN_S8_D64 LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", %30, %31"
-#define LLMKERN_S8_D96                                                                                                \
+#define LLMKERN_S8_D96 \
     LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", " LLMKERN_TEN(3) ", %40, %41, %42, %43, %44, %45, %46, " \
                                                                               "%47"
 #define LLMKERN_S8_D60 \

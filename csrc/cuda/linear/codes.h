@@ -121,8 +121,8 @@ struct Int8 {
             } else {
                 // bf16 has room for seven bits: (128 + code % 128) - (128 or 256), then the zero.
                 const uint32_t w = word >> 8 * i;
-                const uint32_t code =
-                    fma2<T>((w & 0x00800080) | Magic<T>::PAIR, Magic<T>::MINUS_ONE, (w & 0x007f007f) | Magic<T>::PAIR);
+                const uint32_t code = fma2<T>(mask_or(w, 0x00800080, Magic<T>::PAIR), Magic<T>::MINUS_ONE,
+                                              mask_or(w, 0x007f007f, Magic<T>::PAIR));
                 pairs[i] = fma2<T>(code, Magic<T>::ONE, offset.pair);
             }
         }

@@ -40,6 +40,7 @@ void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const
         grid.y = grid.cluster_y = unsigned(plan.splits);
         grid.z = unsigned((l.m + 8 * token_tiles - 1) / (8 * token_tiles));
         grid.threads = STREAM_WARPS * 32;
+        grid.overlap = true;
         grid.shared_bytes = size_t(row_tiles) * token_tiles * 4 * 32 * STREAM_WARPS * sizeof(float);
         launch(name, kernel, grid, l.stream, to);
     };

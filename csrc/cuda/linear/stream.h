@@ -199,6 +199,15 @@ struct Stream {
         const int chunks = (args.k + CHUNK - 1) / CHUNK;
         const int step = STREAM_WARPS * args.splits;
         const int first = split * STREAM_WARPS + thread() / 32;
+        if (ALIGNED && c == 0) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+                for (int r = 0; r < 2 * ROW_TILES; r++)
+                    if (first + d * step < chunks)
+                        prefetch_l2(codes_at + (int64_t(8 * r) * args.row_bytes + (first + d * step) * 64));
+        }
+        dependency_wait();
         Stage stages[DEPTH];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)

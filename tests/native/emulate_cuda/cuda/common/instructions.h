@@ -90,6 +90,9 @@ V shuffle_xor(V value, int mask) {
     return exchange("shuffle_xor", value, [mask](int i, const V* all) { return all[i ^ mask]; });
 }
 
+inline void dependency_wait() {}
+inline void prefetch_l2(const void*) {}
+
 inline Words4 load_once(const void* address) {
     if (reinterpret_cast<uintptr_t>(address) % 16) throw std::runtime_error("misaligned load of 16 bytes");
     Words4 v;

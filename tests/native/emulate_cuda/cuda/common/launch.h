@@ -13,6 +13,7 @@ struct Grid {
     unsigned threads = 256;
     size_t shared_bytes = 0;
     unsigned cluster_y = 1;
+    bool overlap = false;
 };
 
 template <class... Parameters, class... Arguments>
