@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llmkern.ops import _triton
 from llmkern.ops._linear import linear_op
 from llmkern.ops.int8_dynamic_linear.reference import reference
 from llmkern.ops.int8_linear import check_int8, native
@@ -26,4 +27,5 @@ OP = linear_op(
     dequantize=lambda x, codes, scales, zeros, bias, group_size: dequantize(codes, scales, zeros, group_size),
 )
 OP.native(native)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)
