@@ -56,8 +56,7 @@ def tiles(
     if kind == "float32":  # no tensor cores: both operands of a step are registers of each thread
         rows, columns_of_y, wanted = block_m(m, 64), 64, 32
     else:
-        # Sums of a group beside the total of all groups: without wgmma, which reads x from shared memory, too many.
-        rows = block_m(m, 128 if one_group or capability >= (9, 0) else 64)
+        rows = block_m(m, largest_block_m(capability, k, group_size, kind))
         columns_of_y, wanted = (64, 128) if rows <= 32 else (128, 128 if kind == "int8" else 64)
     if gathers:
         wanted = min(wanted, 64)
@@ -72,8 +71,19 @@ def tiles(
     per_split = max(-(-steps // max(wanted_splits, 1)), LEAST_STEPS)
     per_split = -(-per_split // unit) * unit
     splits = max(-(-steps // per_split), 1)
-    warps = 8 if rows * columns_of_y >= 128 * 64 else 4
+    warps = 8 if gathers or rows * columns_of_y >= 128 * 64 else 4
     return Tiles(rows, columns_of_y, block_k, per_group, per_split, splits, warps, 4 if rows <= 32 else 3, whole)
+
+
+def largest_block_m(capability: tuple[int, int], k: int, group_size: int, kind: Kind) -> int:
+    """The most rows of x whose sums leave registers for the rest."""
+    if k % 16:
+        return 64  # columns are read one by one
+    if group_size >= k:
+        return 128
+    # A group's sums stand beside the total: for wgmma alone, which reads x from shared memory, and if w is read whole.
+    whole = block_k_of(k, group_size, 64, 16)[1]
+    return 128 if kind == "half" and whole and capability >= (9, 0) else 64
 
 
 def block_k_of(k: int, group_size: int, wanted: int, least: int) -> tuple[int, bool]:

@@ -38,8 +38,8 @@ def quantize(value, scale, zero, BITS: tl.constexpr):
 
 @triton.jit
 def compensated(moved, wc, vt, row, j, b, columns):
-    """Column j of `wc` with the feedback of the differences `moved` [R, B] of the columns before it."""
-    v = tl.load(vt + j * b + columns, mask=columns < j, other=0.0)
+    """Column j of `wc` with the feedback of the differences `moved` [R, WIDTH] of the columns before it."""
+    v = tl.load(vt + j * moved.shape[1] + columns)
     return tl.load(wc + row * b + j) + tl.sum(moved * v[None, :], axis=1)
 
 
@@ -71,7 +71,10 @@ def solve(
     w, wc, vt, diagonal, mask, scales, zeros, groups, q, keep, n, b, n_groups, BITS: tl.constexpr,
     PRUNE_N: tl.constexpr, PRUNE_M: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a block of b columns. `vt` is V' transposed. PRUNE_M 0: the mask, if any; BITS 0: no grid."""
+    """ROWS rows of a block of b columns. PRUNE_M 0: by the mask, if any; BITS 0: no grid.
+
+    vt [b, WIDTH] is V' above its diagonal, transposed: the rest is zeros, so that no column feeds those before it.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(rows, n - 1).to(tl.int64)
     columns = tl.arange(0, WIDTH)
@@ -120,8 +123,9 @@ def solve_block(
     q = torch.empty_like(w)
     if q.numel():
         rows, width, warps = shape_of_program(n, b, prune_m)
+        vt = torch.nn.functional.pad(v.triu(1).T, (0, width - b)).contiguous()
         solve[(-(-n // rows),)](
-            w, wc, v.T.contiguous(), diagonal, None if mask is None else mask.view(torch.uint8),
+            w, wc, vt, diagonal, None if mask is None else mask.view(torch.uint8),
             scales, zeros, groups, q, None if keep is None else keep.view(torch.uint8), n, b,
             1 if scales is None else scales.shape[1], BITS=bits, PRUNE_N=prune_n, PRUNE_M=prune_m,
             SLOTS=power_of_two(max(prune_m, 1)), ROWS=rows, WIDTH=width, num_warps=warps,

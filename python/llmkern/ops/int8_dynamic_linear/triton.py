@@ -33,22 +33,23 @@ def quantize(x, codes, scales, k, group_size, n_groups, GROUPS: tl.constexpr, WI
     inside = tl.arange(0, WIDTH)
     begin = group * group_size
     end = tl.minimum(begin + group_size, k)
-    absmax = tl.zeros([GROUPS], tl.float32)
+    largest = tl.zeros([GROUPS, WIDTH], tl.float32)
     for chunk in range(0, group_size, WIDTH):
         column = begin[:, None] + chunk + inside[None, :]
         value = tl.load(x + m * k + column, mask=column < end[:, None], other=0).to(tl.float32)
-        absmax = tl.maximum(absmax, tl.max(tl.abs(value), axis=1))
+        largest = tl.maximum(largest, tl.abs(value))
+    absmax = tl.max(largest, axis=1)
     inverse = tl.where(absmax > 0, tl.div_rn(127.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
-    invalid = tl.zeros([GROUPS], tl.int32)
+    invalid = tl.zeros([GROUPS, WIDTH], tl.int32)
     for chunk in range(0, group_size, WIDTH):
         column = begin[:, None] + chunk + inside[None, :]
         value = tl.load(x + m * k + column, mask=column < end[:, None], other=0).to(tl.float32) * inverse[:, None]
         valid = value == value
-        invalid = tl.maximum(invalid, tl.max((~valid).to(tl.int32), axis=1))
+        invalid |= (~valid).to(tl.int32)
         # Limited before rounding, with the same result: nothing can fuse the product into the rounding.
         code = nearest(tl.clamp(tl.where(valid, value, 0.0), -127.0, 127.0))
         tl.store(codes + m * k + column, code.to(tl.int8), mask=column < end[:, None])
-    scale = tl.where(invalid > 0, float("nan"), tl.div_rn(absmax, 127.0))
+    scale = tl.where(tl.max(invalid, axis=1) > 0, float("nan"), tl.div_rn(absmax, 127.0))
     tl.store(scales + m * n_groups + group, scale, mask=group < n_groups)
 
 

@@ -27,13 +27,15 @@ def search(
     begin = group * group_size
     end = tl.minimum(begin + group_size, k)
     inside = tl.arange(0, WIDTH)
-    low = tl.zeros([GROUPS], tl.float32)
-    high = tl.zeros([GROUPS], tl.float32)
+    lows = tl.zeros([GROUPS, WIDTH], tl.float32)
+    highs = tl.zeros([GROUPS, WIDTH], tl.float32)
     for chunk in range(0, group_size, WIDTH):
         column = begin[:, None] + chunk + inside[None, :]
         value = tl.load(w + row * k + column, mask=column < end[:, None], other=0.0)
-        low = tl.minimum(low, tl.min(value, axis=1))
-        high = tl.maximum(high, tl.max(value, axis=1))
+        lows = tl.minimum(lows, value)
+        highs = tl.maximum(highs, value)
+    low = tl.min(lows, axis=1)
+    high = tl.max(highs, axis=1)
     if SYMMETRIC:
         high = tl.maximum(high, -low)
         low = -high
@@ -47,14 +49,15 @@ def search(
         zero = tl.zeros([GROUPS], tl.float32)
         if not SYMMETRIC:
             zero = nearest(tl.div_rn(-low * ratio, scale)) - HALF
-        error = tl.zeros([GROUPS], tl.float32)
+        errors = tl.zeros([GROUPS, WIDTH], tl.float32)
         for chunk in range(0, group_size, WIDTH):
             column = begin[:, None] + chunk + inside[None, :]
             there = column < end[:, None]
             value = tl.load(w + row * k + column, mask=there, other=0.0)
             weight = tl.load(importance + column, mask=there, other=0.0)
             off = value - quantize(value, scale[:, None], zero[:, None], BITS)
-            error += tl.sum(off * off * weight, axis=1)
+            errors += off * off * weight
+        error = tl.sum(errors, axis=1)
         better = error < best
         best = tl.where(better, error, best)
         best_scale = tl.where(better, scale, best_scale)
