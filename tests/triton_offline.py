@@ -100,3 +100,12 @@ def build(op: str, args: tuple, capability: tuple[int, int]) -> list[Built]:
             Built(fn.__name__, constants, used["REG"], used["STACK"], compiled.metadata.shared, compiled.asm["ptx"])
         )
     return built
+
+
+def compile_for_amd(op: str, args: tuple, arch: str, capability: tuple[int, int]) -> Any:
+    """The product that the op launches for these arguments, compiled for an AMD GPU; see `build`."""
+    with launches(capability) as recorded:
+        import_module(f"llmkern.ops.{op}.triton").run(*args)
+    fn, given, named = next(launch for launch in recorded if launch[0].__name__ == "product")
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
+    return triton.compile(source(fn, given, named), target=GPUTarget("hip", arch, 64), options=options)

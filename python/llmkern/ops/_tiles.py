@@ -72,7 +72,9 @@ def tiles(
     per_split = -(-per_split // unit) * unit
     splits = max(-(-steps // per_split), 1)
     warps = 8 if gathers or rows * columns_of_y >= 128 * 64 else 4
-    return Tiles(rows, columns_of_y, block_k, per_group, per_split, splits, warps, 4 if rows <= 32 else 3, whole)
+    # Column by column, a stage holds a word for each column: two of them fit into the shared memory of every GPU.
+    stages = 2 if not whole else 4 if rows <= 32 else 3
+    return Tiles(rows, columns_of_y, block_k, per_group, per_split, splits, warps, stages, whole)
 
 
 def largest_block_m(capability: tuple[int, int], k: int, group_size: int, kind: Kind) -> int:
@@ -83,7 +85,7 @@ def largest_block_m(capability: tuple[int, int], k: int, group_size: int, kind: 
         return 128
     # A group's sums stand beside the total: for wgmma alone, which reads x from shared memory, and if w is read whole.
     whole = block_k_of(k, group_size, 64, 16)[1]
-    return 128 if kind == "half" and whole and capability >= (9, 0) else 64
+    return 128 if kind == "half" and whole and capability[0] in (9, 10) else 64
 
 
 def block_k_of(k: int, group_size: int, wanted: int, least: int) -> tuple[int, bool]:
