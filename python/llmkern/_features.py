@@ -7,8 +7,12 @@ package asks the machine.
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 try:
     from llmkern import _C as _native
@@ -51,3 +55,21 @@ def disabled() -> frozenset[str]:
     """Names in LLMKERN_DISABLE: levels (`avx512_vnni`) or kernels (`cpu.avx2`). The registry refuses unknown ones."""
     text = os.environ.get("LLMKERN_DISABLE", "")
     return frozenset(name for name in (part.strip() for part in text.split(",")) if name)
+
+
+# Triton's interpreter runs kernels on CPU tensors, in Python: for tests. Triton reads the variable when it is imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def triton_lacking() -> str:
+    """Why kernels in Triton cannot run here; empty if they can. Asked at first use: it may start the GPU's driver."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if TRITON_INTERPRETED:
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"needs a GPU of compute capability 8.0 or later, this one has {capability[0]}.{capability[1]}"
+    return ""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmkern._registry import Op
+from llmkern.ops import _triton
 from llmkern.ops._linear import pointer
 from llmkern.ops.gptq_block.reference import reference
 
@@ -88,4 +89,5 @@ OP: Op = Op(
     fake=lambda checked, w, *rest: torch.empty_like(w),
 )
 OP.native(native)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _cuda
+from llmkern.ops import _cuda, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, groups, linear_op, native_call, pointer
 from llmkern.ops.int4_linear.reference import dequantize, reference
 
@@ -118,4 +118,5 @@ OP = linear_op(
 )
 OP.native(native)
 _cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmkern.ops import _cuda
+from llmkern.ops import _cuda, _triton
 from llmkern.ops._linear import DTYPE_CODES, groups, linear_op, pointer
 from llmkern.ops.int8_dynamic_linear.reference import reference
 from llmkern.ops.int8_linear import check_int8, native
@@ -64,4 +64,5 @@ OP = linear_op(
 )
 OP.native(native)
 _cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _cuda
+from llmkern.ops import _cuda, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.int8_linear.reference import dequantize, reference
 

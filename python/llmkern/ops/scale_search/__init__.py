@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmkern._registry import Op
+from llmkern.ops import _triton
 from llmkern.ops._linear import check_group_size, groups
 from llmkern.ops.scale_search.reference import reference
 
@@ -55,4 +56,5 @@ OP: Op = Op(
     fake=lambda g, w, *rest: (w.new_empty((w.shape[0], g)), w.new_empty((w.shape[0], g), dtype=torch.int8)),
 )
 OP.native(native)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

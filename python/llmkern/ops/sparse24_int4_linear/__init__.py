@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops import _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call
 from llmkern.ops.sparse24_int4_linear.reference import dequantize, reference
 from llmkern.ops.sparse24_linear import check_positions
@@ -49,4 +50,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmkern._registry import Op
+from llmkern.ops import _triton
 from llmkern.ops._linear import pointer
 from llmkern.ops.gptq_block import check_block, check_grid, check_mask
 from llmkern.ops.sparsegpt_block.reference import reference
@@ -65,4 +66,5 @@ OP: Op = Op(
     fake=lambda checked, w, *rest: (torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)),
 )
 OP.native(native)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -1,0 +1,45 @@
+"""The Triton row of an op: for GPUs that this build has no CUDA kernels for. Nothing here imports Triton.
+
+The kernels of an op are in `ops/<op>/triton.py`, which is imported when the row first runs.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern import _features
+from llmkern._registry import Op
+
+
+def add_row(op: Op) -> None:
+    """Append the row `triton` to the op's table.
+
+    Its device is the GPU. In Triton's interpreter it is the CPU, for tests, and the row runs only where it is forced.
+    """
+
+    def run(*args: Any) -> Any:
+        with _device_of(args[0]):
+            return import_module(f"llmkern.ops.{op.name}.triton").run(*args)
+
+    interpreted = _features.TRITON_INTERPRETED
+    op.kernel(
+        "triton",
+        "cpu" if interpreted else "cuda",
+        lacking=_features.triton_lacking,
+        yields=(lambda *_: "Triton's interpreter runs only where it is forced") if interpreted else None,
+    )(run)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which must be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the tensor's GPU; (9, 0) in the interpreter. AMD's numbers are of another order."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
