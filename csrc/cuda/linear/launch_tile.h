@@ -19,6 +19,9 @@ TileArgs tile_args(const char* name, const CodesArgs& args, int row_bytes, const
     if (groups > 1 && args.group_size % Format::LANE_COLUMNS)
         throw std::runtime_error(std::string(name) + ": no multiple of " + std::to_string(Format::LANE_COLUMNS) +
                                  " columns in a group: " + std::to_string(args.group_size));
+    const int64_t units = (l.k + Format::LANE_COLUMNS - 1) / Format::LANE_COLUMNS;
+    const int64_t group_units = groups > 1 ? args.group_size / Format::LANE_COLUMNS : 1;
+    const bool fits = group_units > 1 && (units + 8) * group_units < int64_t(1) << 32;  // units of a stage beyond K too
     return {l.x,
             static_cast<const uint8_t*>(args.codes),
             row_bytes,
@@ -26,7 +29,8 @@ TileArgs tile_args(const char* name, const CodesArgs& args, int row_bytes, const
             args.scales_dtype,
             args.zeros,
             groups,
-            int(args.group_size),
+            int(group_units),
+            fits ? uint32_t(((int64_t(1) << 32) + group_units - 1) / group_units) : 0,
             int(l.k),
             plan.splits,
             8 * plan.token_tiles,

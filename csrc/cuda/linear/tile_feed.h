@@ -2,13 +2,14 @@
 // PARTS times 64 columns of K; a part is
 //
 //   x       [TOKENS][128 bytes], swizzled (common/matrix_descriptor.h)
-//   codes   [ROWS][PITCH], as they are stored: 32 bytes of int4, 64 of int8
+//   codes   [ROWS][32 bytes] of int4, [ROWS][64 bytes] of int8, of which 16 bytes u stand at u ^ (row / 2 % 4): whether
+//           lanes read words or 16 bytes of eight rows, they touch all banks
 //   scales  [ROWS][SLOTS], of 64 / SLOTS columns each: a pair of T, and what `neighbours` adds for the zero
 //
-// Scales take another way than the rest, through registers, since they become pairs of T on it; they need only two
-// places. Weights are scaled in T: for a stage, ROWS * 64 / 2 products of pairs for each block, which for 64 rows of x
-// and more is less than scaling sums, and sums of one group would not fit beside those of all. Scales per row wait for
-// the end. fp16 would lose a small scale's bits: there, the power of two of a row's first scale waits for the end too.
+// Scales take another way than the rest, through registers, since they become pairs of T on it. Weights are scaled in
+// T: for a stage, ROWS * 64 / 2 products of pairs for each block, which for 64 rows of x and more is less than scaling
+// sums, and sums of one group would not fit beside those of all. Scales per row wait for the end. fp16 would lose a
+// small scale's bits: there, the power of two of a row's first scale waits for the end too.
 #pragma once
 
 #include "cuda/common/instructions.h"
@@ -27,7 +28,8 @@ struct TileArgs {
     DType scales_dtype;
     const int8_t* zeros;
     int groups;
-    int group_size;
+    int group_units;         // of LANE_COLUMNS
+    uint32_t group_inverse;  // of group_units, for numerators that fit (see group_of); 0 if they do not
     int k;
     int splits;                     // blocks of a cluster, each with a share of the stages
     int tokens;                     // rows of x of a block, at most TOKENS
@@ -64,20 +66,28 @@ LLMKERN_DEVICE void copy_now(void* to, const void* from, int bytes) {
     *static_cast<Words4*>(to) = v;
 }
 
+// unit / group_units. With the inverse i = ceil(2^32 / u) a quotient is exact as long as its numerator times u is below
+// 2^32: i u exceeds 2^32 by less than u.
+LLMKERN_DEVICE int group_of(const TileArgs& args, int unit) {
+    if (args.group_units == 1) return unit;
+    return args.group_inverse ? int(uint64_t(uint32_t(unit)) * args.group_inverse >> 32) : unit / args.group_units;
+}
+
 struct alignas(8) TileScale {
     uint32_t scale, offset;
 };
 
-// AHEAD: stages under way while one is used. With STAGES - 1 a stage must be read when the next `advance` begins, with
-// STAGES - 2 when the one after it does.
-template <class Format, class T, int ROWS, int TOKENS, int PARTS, int PITCH, int STAGES, int AHEAD, int THREADS>
+// AHEAD: stages under way while one is used. With STAGES - 1, all that reads a stage must be done when the next
+// `arrive` begins; with STAGES - 2, when the one after it does. Scales need places for as long.
+template <class Format, class T, int ROWS, int TOKENS, int PARTS, int STAGES, int AHEAD, int THREADS>
 struct TileFeed {
     static constexpr int LANE = Format::LANE_COLUMNS;  // of 16 bytes of codes; groups are multiples of it
-    static constexpr int CODE_UNITS = TILE_COLUMNS / LANE, SLOTS = CODE_UNITS;
+    static constexpr int CODE_UNITS = TILE_COLUMNS / LANE, SLOTS = CODE_UNITS, PITCH = CODE_UNITS * 16;
     static constexpr int X_BYTES = TOKENS * TILE_ROW_BYTES, PART_BYTES = X_BYTES + ROWS * PITCH;
     static constexpr int STAGE_BYTES = PARTS * PART_BYTES;
     static constexpr int STAGE_SCALES = PARTS * ROWS * SLOTS;
-    static constexpr int BYTES = STAGES * STAGE_BYTES + 2 * STAGE_SCALES * int(sizeof(TileScale));
+    static constexpr int PLACES = STAGES - AHEAD + 1;
+    static constexpr int BYTES = STAGES * STAGE_BYTES + PLACES * STAGE_SCALES * int(sizeof(TileScale));
     static constexpr int HELD = (STAGE_SCALES + THREADS - 1) / THREADS;
     static_assert(PART_BYTES % 1024 == 0, "a tile of x must start at a multiple of 1024 bytes");
 
@@ -96,7 +106,7 @@ struct TileFeed {
           tokens(int(smaller<int64_t>(args.tokens, args.out.m - first_token))),
           first(int(int64_t(stages(args)) * split / args.splits)),
           last(int(int64_t(stages(args)) * (split + 1) / args.splits)),
-          wide(args.groups <= 1 || args.group_size % TILE_COLUMNS == 0) {}
+          wide(args.groups <= 1 || args.group_units % SLOTS == 0) {}
 
     static LLMKERN_DEVICE int stages(const TileArgs& args) {
         return (args.k + PARTS * TILE_COLUMNS - 1) / (PARTS * TILE_COLUMNS);
@@ -106,9 +116,13 @@ struct TileFeed {
         return shared_memory() + (stage - first) % STAGES * STAGE_BYTES + part * PART_BYTES;
     }
     LLMKERN_DEVICE uint8_t* codes(int stage, int part) const { return x(stage, part) + X_BYTES; }
+    // Where 16 bytes of a row's codes stand among those of a part.
+    static LLMKERN_DEVICE int code_unit(int row, int unit) {
+        return row * PITCH + (CODE_UNITS == 4 ? unit ^ (row / 2 & 3) : unit) * 16;
+    }
     LLMKERN_DEVICE TileScale* scales(int stage, int part) const {
         return reinterpret_cast<TileScale*>(shared_memory() + STAGES * STAGE_BYTES) +
-               (stage - first) % 2 * STAGE_SCALES + part * (ROWS * SLOTS);
+               (stage - first) % PLACES * STAGE_SCALES + part * (ROWS * SLOTS);
     }
     // The scale of a row's columns from `column` on, in a part.
     LLMKERN_DEVICE TileScale scale_of(int stage, int part, int row, int column) const {
@@ -120,70 +134,115 @@ struct TileFeed {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             const int column = (stage * PARTS + part) * TILE_COLUMNS;
-#pragma unroll
-            for (int u = thread(); u < TOKENS * 8; u += THREADS) {
-                const int token = u / 8, at = column + u % 8 * 8;
-                if (token >= tokens) continue;  // what stands there stays in columns of the product that nobody stores
-                const int bytes = at < args.k ? 2 * smaller(args.k - at, 8) : 0;
-                const int64_t from = bytes ? (first_token + token) * args.k + at : 0;
-                const uint16_t* const source = static_cast<const uint16_t*>(args.x) + from;
-                uint8_t* const to = x(stage, part) + swizzled(token, u % 8);
-                args.x_aligned ? copy_async(to, source, bytes) : copy_now<uint16_t>(to, source, bytes);
-            }
-            const int byte = column / LANE * 16;
-#pragma unroll
-            for (int u = thread(); u < ROWS * CODE_UNITS; u += THREADS) {
-                const int64_t row = first_row + u / CODE_UNITS;
-                const int at = byte + u % CODE_UNITS * 16;
-                const int bytes = row < args.out.n && at < args.row_bytes ? smaller(args.row_bytes - at, 16) : 0;
-                const uint8_t* const source = args.codes + (bytes ? row * args.row_bytes + at : 0);
-                uint8_t* const to = codes(stage, part) + u / CODE_UNITS * PITCH + u % CODE_UNITS * 16;
-                args.codes_aligned ? copy_async(to, source, bytes)
-                                   : copy_now<typename Format::Piece>(to, source, bytes);
-            }
+            args.x_aligned ? fill_x<true>(x(stage, part), column) : fill_x<false>(x(stage, part), column);
+            args.codes_aligned ? fill_codes<true>(codes(stage, part), column)
+                               : fill_codes<false>(codes(stage, part), column);
         }
     }
 
-    // Entry i of this thread among the scales of a stage: part, row, slot; false if it has none.
-    LLMKERN_DEVICE bool entry(int i, int& part, int& row, int& slot) const {
-        const int at = thread() + i * THREADS, slots = wide ? 1 : SLOTS;
-        slot = at % SLOTS;
-        if (wide) slot = 0;
-        row = (wide ? at : at / SLOTS) % ROWS;
-        part = (wide ? at : at / SLOTS) / ROWS;
-        return at < PARTS * ROWS * slots;
-    }
-
-    // One scale per row: two stages' places hold the same throughout.
-    LLMKERN_DEVICE bool scales_stand(int stage) const {
-        return stage >= last || (args.groups <= 1 && stage >= first + 2);
-    }
-
-    LLMKERN_DEVICE void load_scales(int stage) {
-        if (scales_stand(stage)) return;
+    // A thread copies the same unit of every THREADS / 8th row of x, so that all its rows have the same swizzle.
+    template <bool ALIGNED>
+    LLMKERN_DEVICE void fill_x(uint8_t* tile, int column) const {
+        constexpr int STEP = THREADS / 8;
+        static_assert(STEP % 8 == 0, "");
+        const int row = thread() / 8, unit = thread() % 8, at = column + unit * 8;
+        const int bytes = at < args.k ? 2 * smaller(args.k - at, 8) : 0;
+        const uint16_t* from = static_cast<const uint16_t*>(args.x) + (first_token + row) * args.k + at;
+        uint8_t* const to = tile + swizzled(row, unit);
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            int part, row, slot;
-            if (!entry(i, part, row, slot)) continue;
-            const int column = smaller((stage * PARTS + part) * TILE_COLUMNS + slot * LANE, args.k - 1);
-            const int64_t in_weight = smaller<int64_t>(first_row + row, args.out.n - 1) * args.groups;
-            const int64_t at = in_weight + (args.groups > 1 ? column / args.group_size : 0);
+        for (int i = 0; i < (TOKENS + STEP - 1) / STEP; i++) {
+            // What stands in rows that are not there stays in columns of the product that nobody stores.
+            if (row + i * STEP < tokens) {
+                if (ALIGNED)
+                    copy_async(to + i * STEP * TILE_ROW_BYTES, from, bytes);
+                else
+                    copy_now<uint16_t>(to + i * STEP * TILE_ROW_BYTES, from, bytes);
+            }
+            from += int64_t(STEP) * args.k;
+        }
+    }
+
+    template <bool ALIGNED>
+    LLMKERN_DEVICE void fill_codes(uint8_t* tile, int column) const {
+        constexpr int STEP = THREADS / CODE_UNITS;
+        static_assert(STEP % 8 == 0, "");
+        const int row = thread() / CODE_UNITS, at = (column / LANE + thread() % CODE_UNITS) * 16;
+        const int bytes = at < args.row_bytes ? smaller(args.row_bytes - at, 16) : 0;
+        const int rows = int(smaller<int64_t>(args.out.n - first_row, ROWS));
+        const uint8_t* from = args.codes + (first_row + row) * args.row_bytes + at;
+        uint8_t* const to = tile + code_unit(row, thread() % CODE_UNITS);
+#pragma unroll
+        for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
+            const int here = row + i * STEP;
+            if (here < rows) {  // as above: the others' sums are not stored
+                if (ALIGNED)
+                    copy_async(to + i * STEP * PITCH, from, bytes);
+                else
+                    copy_now<typename Format::Piece>(to + i * STEP * PITCH, from, bytes);
+            }
+            from += int64_t(STEP) * args.row_bytes;
+        }
+    }
+
+    // Entry i of this thread among the scales of a stage: row, slot and part.
+    template <bool WIDE>
+    struct Entry {
+        static constexpr int USED = WIDE ? 1 : SLOTS, ALL = PARTS * ROWS * USED, HELD = (ALL + THREADS - 1) / THREADS;
+        const int at, row = at / USED % ROWS, slot = at % USED, part = at / USED / ROWS;
+        explicit LLMKERN_DEVICE Entry(int i) : at(thread() + i * THREADS) {}
+        LLMKERN_DEVICE bool exists() const { return at < ALL; }
+    };
+
+    // One scale per row: all places hold the same throughout.
+    LLMKERN_DEVICE bool scales_stand(int stage) const {
+        return stage >= last || (args.groups <= 1 && stage >= first + PLACES);
+    }
+    LLMKERN_DEVICE int64_t first_scale(int row) const {
+        return smaller<int64_t>(first_row + row, args.out.n - 1) * args.groups;
+    }
+
+    template <bool WIDE>
+    LLMKERN_DEVICE void load_scales(int stage) {
+#pragma unroll
+        for (int i = 0; i < Entry<WIDE>::HELD; i++) {
+            const Entry<WIDE> entry(i);
+            if (!entry.exists()) continue;
+            const int unit = (stage * PARTS + entry.part) * SLOTS + entry.slot;
+            const int group = args.groups > 1 ? smaller(group_of(args, unit), args.groups - 1) : 0;
+            const int64_t at = first_scale(entry.row) + group;
             scale[i] = load_float(args.scales, at, args.scales_dtype);
             zero[i] = args.zeros ? args.zeros[at] : 0;
-            if (stage == first) factor[i] = 1 / power_of_two<T>(load_float(args.scales, in_weight, args.scales_dtype));
+        }
+    }
+    LLMKERN_DEVICE void load_scales(int stage) {
+        if (!scales_stand(stage)) wide ? load_scales<true>(stage) : load_scales<false>(stage);
+    }
+
+    template <bool WIDE>
+    LLMKERN_DEVICE void load_factors() {
+#pragma unroll
+        for (int i = 0; i < Entry<WIDE>::HELD; i++) {
+            const Entry<WIDE> entry(i);
+            factor[i] = 1;
+            if (std::is_same_v<T, F16> && args.groups > 1 && entry.exists())
+                factor[i] = 1 / power_of_two<T>(load_float(args.scales, first_scale(entry.row), args.scales_dtype));
         }
     }
 
+    template <bool WIDE>
     LLMKERN_DEVICE void store_scales(int stage) const {
-        if (scales_stand(stage)) return;
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            int part, row, slot;
-            if (!entry(i, part, row, slot)) continue;
-            const float scaled = scale[i] * factor[i];
-            scales(stage, part)[row * SLOTS + slot] = {args.groups > 1 ? pack2<T>(scaled, scaled) : Magic<T>::ONE,
-                                                       Format::template neighbour_offset<T>(zero[i])};
+        for (int i = 0; i < Entry<WIDE>::HELD; i++) {
+            const Entry<WIDE> entry(i);
+            if (!entry.exists()) continue;
+            const float scaled = std::is_same_v<T, F16> ? scale[i] * factor[i] : scale[i];
+            scales(stage, entry.part)[entry.row * SLOTS + entry.slot] = {
+                args.groups > 1 ? pack2<T>(scaled, scaled) : Magic<T>::ONE,
+                Format::template neighbour_offset<T>(zero[i])};
         }
+    }
+    LLMKERN_DEVICE void store_scales(int stage) const {
+        if (!scales_stand(stage)) wide ? store_scales<true>(stage) : store_scales<false>(stage);
     }
 
     LLMKERN_DEVICE void start() {
@@ -192,17 +251,21 @@ struct TileFeed {
             fill(first + i);
             copy_async_commit();
         }
+        wide ? load_factors<true>() : load_factors<false>();
         load_scales(first);
     }
 
-    // Returns when `stage` is there for all threads, with a further stage asked for. `fence` comes after a thread's own
-    // copies have landed.
+    // Returns when `stage` is there for all threads. `fence` comes after a thread's own copies have landed.
     template <class Fence>
-    LLMKERN_DEVICE void advance(int stage, Fence fence) {
+    LLMKERN_DEVICE void arrive(int stage, Fence fence) const {
         store_scales(stage);
         copy_async_wait<AHEAD - 1>();
         fence();
         sync_block();
+    }
+
+    // After `arrive`: asks for what comes next.
+    LLMKERN_DEVICE void ask(int stage) {
         fill(stage + AHEAD);
         copy_async_commit();
         load_scales(stage + 1);

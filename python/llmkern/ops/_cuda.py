@@ -108,7 +108,8 @@ def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     token_blocks = -(-m // (8 * most))
     token_tiles = -(-m // (8 * token_blocks))
     blocks = _blocks(n, row_tiles) * token_blocks
-    return Plan(row_tiles, token_tiles, _cluster(gpu, blocks, k, 4 * columns))
+    # Small blocks ask for little at a time: two for each multiprocessor.
+    return Plan(row_tiles, token_tiles, _cluster(gpu, blocks if row_tiles == 8 else blocks // 2, k, 4 * columns))
 
 
 def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
