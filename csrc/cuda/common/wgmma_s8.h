@@ -21,15 +21,13 @@ LLMKERN_DEVICE void wgmma_s8(int (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
     LLMKERN_S8_SUMS128, LLMKERN_S8_SUMS4(16), LLMKERN_S8_SUMS4(20), LLMKERN_S8_SUMS4(24), LLMKERN_S8_SUMS4(28)
 #define LLMKERN_S8_D32 LLMKERN_TEN() ", %10, %11, %12, %13, %14, %15"
 #define LLMKERN_S8_D64 LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", %30, %31"
-#define LLMKERN_S8_D96 \
-    LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", " LLMKERN_TEN(3) ", %40, %41, %42, %43, %44, %45, %46, " \
-                                                                              "%47"
-#define LLMKERN_S8_D60 \
-    LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", " LLMKERN_TEN(3) ", " LLMKERN_TEN(4) ", " LLMKERN_TEN(5)
-#define LLMKERN_S8_D128 LLMKERN_S8_D60 ", %60, %61, %62, %63"
-#define LLMKERN_S8_D256                                                                                              \
-    LLMKERN_S8_D60 ", " LLMKERN_TEN(6) ", " LLMKERN_TEN(7) ", " LLMKERN_TEN(8) ", " LLMKERN_TEN(9) ", " LLMKERN_TEN( \
-        10) ", " LLMKERN_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define LLMKERN_S8_D80 LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", " LLMKERN_TEN(3)
+#define LLMKERN_S8_D96 LLMKERN_S8_D80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define LLMKERN_S8_D120 LLMKERN_S8_D80 ", " LLMKERN_TEN(4) ", " LLMKERN_TEN(5)
+#define LLMKERN_S8_D128 LLMKERN_S8_D120 ", %60, %61, %62, %63"
+#define LLMKERN_S8_D200 LLMKERN_S8_D120 ", " LLMKERN_TEN(6) ", " LLMKERN_TEN(7) ", " LLMKERN_TEN(8) ", " LLMKERN_TEN(9)
+#define LLMKERN_S8_D240 LLMKERN_S8_D200 ", " LLMKERN_TEN(10) ", " LLMKERN_TEN(11)
+#define LLMKERN_S8_D256 LLMKERN_S8_D240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define LLMKERN_WGMMA_S8(tokens, a_at, b_at)                                                            \
     template <>                                                                                         \
     LLMKERN_DEVICE void wgmma_s8<tokens>(int (&d)[tokens / 8][4], uint64_t a, uint64_t b) {             \

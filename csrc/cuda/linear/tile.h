@@ -20,9 +20,8 @@ template <class Format, class T, int ROW_WARPS, int ROW_TILES, int TOKEN_TILES, 
 struct Tile {
     static constexpr int ROWS = ROW_WARPS * ROW_TILES * 16, TOKENS = TOKEN_TILES * 8;
     static constexpr int THREADS = ROW_WARPS * PARTS * 32;
-    static constexpr int CODE_BYTES = TILE_COLUMNS / Format::LANE_COLUMNS * 16;
-    static constexpr int LANE_WORDS = CODE_BYTES / 16, UNIT_WORDS = LANE_WORDS / 2;
-    using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, CODE_BYTES, STAGES, STAGES - 1, THREADS>;
+    static constexpr int LANE_WORDS = TILE_COLUMNS / Format::LANE_COLUMNS, UNIT_WORDS = LANE_WORDS / 2;
+    using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, STAGES, STAGES - 1, THREADS>;
     using Store = TileStore<T, ROWS, PARTS, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
     static_assert(BYTES <= 99 * 1024, "more than a block of sm_86, sm_89 and sm_120 can have");
@@ -45,7 +44,8 @@ struct Tile {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int row = row_of(r) + 8 * h + g;
-                const uint8_t* const at = feed.codes(stage, part) + row * CODE_BYTES + c * LANE_WORDS * 4;
+                const uint8_t* const at =
+                    feed.codes(stage, part) + Feed::code_unit(row, c * LANE_WORDS / 4) + c * LANE_WORDS % 4 * 4;
                 load_words(words[r][h], at);
                 scales[r][h] = feed.scale_of(stage, part, row, 16 * c);
             }

@@ -2,13 +2,14 @@
 // PARTS times 64 columns of K; a part is
 //
 //   x       [TOKENS][128 bytes], swizzled (common/matrix_descriptor.h)
-//   codes   [ROWS][PITCH], as they are stored: 32 bytes of int4, 64 of int8
+//   codes   [ROWS][32 bytes] of int4, [ROWS][64 bytes] of int8, of which 16 bytes u stand at u ^ (row / 2 % 4): whether
+//           lanes read words or 16 bytes of eight rows, they touch all banks
 //   scales  [ROWS][SLOTS], of 64 / SLOTS columns each: a pair of T, and what `neighbours` adds for the zero
 //
-// Scales take another way than the rest, through registers, since they become pairs of T on it; they need only two
-// places. Weights are scaled in T: for a stage, ROWS * 64 / 2 products of pairs for each block, which for 64 rows of x
-// and more is less than scaling sums, and sums of one group would not fit beside those of all. Scales per row wait for
-// the end. fp16 would lose a small scale's bits: there, the power of two of a row's first scale waits for the end too.
+// Scales take another way than the rest, through registers, since they become pairs of T on it. Weights are scaled in
+// T: for a stage, ROWS * 64 / 2 products of pairs for each block, which for 64 rows of x and more is less than scaling
+// sums, and sums of one group would not fit beside those of all. Scales per row wait for the end. fp16 would lose a
+// small scale's bits: there, the power of two of a row's first scale waits for the end too.
 #pragma once
 
 #include "cuda/common/instructions.h"
@@ -77,15 +78,16 @@ struct alignas(8) TileScale {
 };
 
 // AHEAD: stages under way while one is used. With STAGES - 1, all that reads a stage must be done when the next
-// `arrive` begins; with STAGES - 2, when the one after it does.
-template <class Format, class T, int ROWS, int TOKENS, int PARTS, int PITCH, int STAGES, int AHEAD, int THREADS>
+// `arrive` begins; with STAGES - 2, when the one after it does. Scales need places for as long.
+template <class Format, class T, int ROWS, int TOKENS, int PARTS, int STAGES, int AHEAD, int THREADS>
 struct TileFeed {
     static constexpr int LANE = Format::LANE_COLUMNS;  // of 16 bytes of codes; groups are multiples of it
-    static constexpr int CODE_UNITS = TILE_COLUMNS / LANE, SLOTS = CODE_UNITS;
+    static constexpr int CODE_UNITS = TILE_COLUMNS / LANE, SLOTS = CODE_UNITS, PITCH = CODE_UNITS * 16;
     static constexpr int X_BYTES = TOKENS * TILE_ROW_BYTES, PART_BYTES = X_BYTES + ROWS * PITCH;
     static constexpr int STAGE_BYTES = PARTS * PART_BYTES;
     static constexpr int STAGE_SCALES = PARTS * ROWS * SLOTS;
-    static constexpr int BYTES = STAGES * STAGE_BYTES + 2 * STAGE_SCALES * int(sizeof(TileScale));
+    static constexpr int PLACES = STAGES - AHEAD + 1;
+    static constexpr int BYTES = STAGES * STAGE_BYTES + PLACES * STAGE_SCALES * int(sizeof(TileScale));
     static constexpr int HELD = (STAGE_SCALES + THREADS - 1) / THREADS;
     static_assert(PART_BYTES % 1024 == 0, "a tile of x must start at a multiple of 1024 bytes");
 
@@ -114,9 +116,13 @@ struct TileFeed {
         return shared_memory() + (stage - first) % STAGES * STAGE_BYTES + part * PART_BYTES;
     }
     LLMKERN_DEVICE uint8_t* codes(int stage, int part) const { return x(stage, part) + X_BYTES; }
+    // Where 16 bytes of a row's codes stand among those of a part.
+    static LLMKERN_DEVICE int code_unit(int row, int unit) {
+        return row * PITCH + (CODE_UNITS == 4 ? unit ^ (row / 2 & 3) : unit) * 16;
+    }
     LLMKERN_DEVICE TileScale* scales(int stage, int part) const {
         return reinterpret_cast<TileScale*>(shared_memory() + STAGES * STAGE_BYTES) +
-               (stage - first) % 2 * STAGE_SCALES + part * (ROWS * SLOTS);
+               (stage - first) % PLACES * STAGE_SCALES + part * (ROWS * SLOTS);
     }
     // The scale of a row's columns from `column` on, in a part.
     LLMKERN_DEVICE TileScale scale_of(int stage, int part, int row, int column) const {
@@ -159,11 +165,12 @@ struct TileFeed {
     template <bool ALIGNED>
     LLMKERN_DEVICE void fill_codes(uint8_t* tile, int column) const {
         constexpr int STEP = THREADS / CODE_UNITS;
+        static_assert(STEP % 8 == 0, "");
         const int row = thread() / CODE_UNITS, at = (column / LANE + thread() % CODE_UNITS) * 16;
         const int bytes = at < args.row_bytes ? smaller(args.row_bytes - at, 16) : 0;
         const int rows = int(smaller<int64_t>(args.out.n - first_row, ROWS));
         const uint8_t* from = args.codes + (first_row + row) * args.row_bytes + at;
-        uint8_t* const to = tile + row * PITCH + thread() % CODE_UNITS * 16;
+        uint8_t* const to = tile + code_unit(row, thread() % CODE_UNITS);
 #pragma unroll
         for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
             const int here = row + i * STEP;
@@ -186,9 +193,9 @@ struct TileFeed {
         LLMKERN_DEVICE bool exists() const { return at < ALL; }
     };
 
-    // One scale per row: two stages' places hold the same throughout.
+    // One scale per row: all places hold the same throughout.
     LLMKERN_DEVICE bool scales_stand(int stage) const {
-        return stage >= last || (args.groups <= 1 && stage >= first + 2);
+        return stage >= last || (args.groups <= 1 && stage >= first + PLACES);
     }
     LLMKERN_DEVICE int64_t first_scale(int row) const {
         return smaller<int64_t>(first_row + row, args.out.n - 1) * args.groups;

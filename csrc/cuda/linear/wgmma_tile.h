@@ -16,16 +16,15 @@ template <class Format, class T, int ROW_TILES, int TOKENS>
 struct WgmmaTile {
     static constexpr int ROWS = ROW_TILES * 128, THREADS = 256, STEPS = TILE_COLUMNS / 16;
     static constexpr bool INT4 = Format::LANE_COLUMNS == 32;
-    // int8: rows 20 words apart, so that the words that lanes read of eight rows are in different banks.
-    static constexpr int PITCH = INT4 ? 32 : 80;
     // Small tiles leave room for a second block, which multiplies while the first one waits for its stage.
     static constexpr int BLOCKS = ROW_TILES == 1 ? 2 : 1, BUDGET = (ROW_TILES == 1 ? 112 : 224) * 1024;
-    static constexpr int SCALES = 2 * ROWS * (TILE_COLUMNS / Format::LANE_COLUMNS) * int(sizeof(TileScale));
-    static constexpr int FIT = (BUDGET - SCALES) / (TOKENS * TILE_ROW_BYTES + ROWS * PITCH);
+    static constexpr int CODE_BYTES = TILE_COLUMNS / Format::LANE_COLUMNS * 16;
+    static constexpr int SCALES = 3 * ROWS * (TILE_COLUMNS / Format::LANE_COLUMNS) * int(sizeof(TileScale));
+    static constexpr int FIT = (BUDGET - SCALES) / (TOKENS * TILE_ROW_BYTES + ROWS * CODE_BYTES);
     static constexpr int STAGES = FIT < 8 ? FIT : 8;
     static_assert(STAGES >= 4, "too little under way");
-    // A stage's last products are under way when the next stage begins.
-    using Feed = TileFeed<Format, T, ROWS, TOKENS, 1, PITCH, STAGES, STAGES - 2, THREADS>;
+    // Threads wait for a stage while the one before it is still multiplied.
+    using Feed = TileFeed<Format, T, ROWS, TOKENS, 1, STAGES, STAGES - 2, THREADS>;
     using Store = TileStore<T, ROWS, 1, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
     static_assert(BLOCKS * (BYTES + 1024) <= 228 * 1024, "more than a multiprocessor has");
@@ -51,13 +50,13 @@ struct WgmmaTile {
                 const int row = row_of(r) + 8 * h + g;
                 if (step == 0 || (!feed.wide && step * 16 % Format::LANE_COLUMNS == 0))
                     scales[r][h] = feed.scale_of(stage, 0, row, step * 16);
-                const uint8_t* const at = feed.codes(stage, 0) + row * PITCH;
+                const uint8_t* const at = feed.codes(stage, 0) + Feed::code_unit(row, INT4 ? step / 2 : step);
                 uint32_t unit[2];
                 if (INT4) {
-                    if (step % 2 == 0) words[r][h] = *reinterpret_cast<const Words4*>(at + step * 8);
+                    if (step % 2 == 0) words[r][h] = *reinterpret_cast<const Words4*>(at);
                     unit[0] = words[r][h].w[step % 2 * 2], unit[1] = words[r][h].w[step % 2 * 2 + 1];
                 } else {
-                    const uint32_t* const step_words = reinterpret_cast<const uint32_t*>(at + step * 16) + c / 2;
+                    const uint32_t* const step_words = reinterpret_cast<const uint32_t*>(at) + c / 2;
                     unit[0] = step_words[0], unit[1] = step_words[2];
                 }
 #pragma unroll
@@ -85,14 +84,14 @@ struct WgmmaTile {
 #pragma unroll
                 for (int r = 0; r < ROW_TILES; r++) wgmma<T, TOKENS>(acc[r], left[step % 2][r], x);
                 wgmma_commit();
-                if (step == 0) feed.ask(stage);  // behind the products of this step
-                wgmma_wait<1>();  // the step before: its registers are free, and with its last step a stage is
-                if (step + 1 < STEPS) {
+                // Behind the products of a step: what the stage after the next ones needs, and the wait for the next.
+                if (step == 0) feed.ask(stage);
+                if (step == STEPS - 2 && stage + 1 < feed.last) feed.arrive(stage + 1, fence);
+                wgmma_wait<1>();  // the step before, whose registers are free now
+                if (step + 1 < STEPS)
                     decode(left[(step + 1) % 2], feed, stage, step + 1);
-                } else if (stage + 1 < feed.last) {
-                    feed.arrive(stage + 1, fence);
+                else if (stage + 1 < feed.last)
                     decode(left[0], feed, stage + 1, 0);
-                }
             }
         }
         wgmma_wait<0>();

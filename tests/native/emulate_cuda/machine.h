@@ -29,8 +29,8 @@ struct Group {  // threads that meet: a warp, four warps, a block, a cluster
     std::vector<void*> records;
 };
 
-struct Copy {  // of copy_async, not done before it is waited for
-    uint8_t* to;
+struct Copy {     // of copy_async, not done before it is waited for
+    uint8_t* to;  // null: it is
     uint8_t bytes[16];
 };
 

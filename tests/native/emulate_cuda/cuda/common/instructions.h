@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "machine.h"
 
@@ -113,6 +114,8 @@ inline void copy_async(void* to, const void* from, int bytes) {
         throw std::runtime_error("copy_async: misaligned, or not 0 to 16 bytes");
     emulated::Copy copy{static_cast<uint8_t*>(to), {}};
     if (bytes) std::memcpy(copy.bytes, from, bytes);
+    // Every other warp's copies land at once, so that what is overwritten too early shows too.
+    if (thread() / emulated::LANES % 2) std::memcpy(std::exchange(copy.to, nullptr), copy.bytes, sizeof copy.bytes);
     machine.current->open.push_back(copy);
 }
 inline void copy_async_commit() {
@@ -124,7 +127,8 @@ template <int PENDING>
 void copy_async_wait() {
     auto& groups = machine.current->groups;
     while (groups.size() > PENDING) {
-        for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+        for (const auto& copy : groups.front())
+            if (copy.to) std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
         machine.current->unfenced |= !groups.front().empty();
         groups.erase(groups.begin());
     }
