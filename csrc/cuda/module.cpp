@@ -5,6 +5,8 @@
 
 #include "cuda/int4_linear/int4_linear.h"
 #include "cuda/int8_linear/int8_linear.h"
+#include "cuda/sparse24_int4_linear/sparse24_int4_linear.h"
+#include "cuda/sparse24_linear/sparse24_linear.h"
 
 namespace py = pybind11;
 
@@ -40,6 +42,12 @@ CodesArgs codes_args(LinearArgs linear, Address codes, Address scales, int scale
     return {linear, at<void>(codes), at<void>(scales), DType(scales_dtype), at<int8_t>(zeros), group_size};
 }
 
+KeptArgs kept_args(LinearArgs linear, Address values, int values_dtype, Address positions, Address scales,
+                   int scales_dtype, int64_t group_size) {
+    return {linear,           at<void>(values),    DType(values_dtype), at<uint8_t>(positions),
+            at<void>(scales), DType(scales_dtype), group_size};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -53,6 +61,17 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     py::module_ int4_linear_module = m.def_submodule("int4_linear");
 #define LLMKERN_KERNEL(kernel) def_linear(int4_linear_module, #kernel, kernel::int4_linear, codes_args);
 #include "cuda/int4_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ sparse24_linear_module = m.def_submodule("sparse24_linear");
+#define LLMKERN_KERNEL(kernel) def_linear(sparse24_linear_module, #kernel, kernels::kernel::sparse24_linear, kept_args);
+#include "cuda/sparse24_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ sparse24_int4_linear_module = m.def_submodule("sparse24_int4_linear");
+#define LLMKERN_KERNEL(kernel) \
+    def_linear(sparse24_int4_linear_module, #kernel, kernels::kernel::sparse24_int4_linear, kept_args);
+#include "cuda/sparse24_int4_linear/kernels.def"
 #undef LLMKERN_KERNEL
 }
 

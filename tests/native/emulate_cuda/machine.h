@@ -31,6 +31,7 @@ struct Group {  // threads that meet: a warp, four warps, a block, a cluster
 
 struct Copy {  // of copy_async, not done before it is waited for
     uint8_t* to;
+    int size;
     uint8_t bytes[16];
 };
 

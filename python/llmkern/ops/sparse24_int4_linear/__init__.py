@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops import _cuda, _cuda_sparse
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call
 from llmkern.ops.sparse24_int4_linear.reference import dequantize, reference
 from llmkern.ops.sparse24_linear import check_positions
@@ -40,6 +41,30 @@ def native(
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/sparse24_int4_linear."""
+    n, k = words.shape[0], x.shape[-1]
+    m = x.numel() // max(k, 1)
+    if kernel == "stream":
+        plan = _cuda_sparse.stream_plan(gpu, m, n, k, 128, large=2)
+    else:
+        plan = _cuda_sparse.tile_plan(gpu, m, n, k, 128)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, words.data_ptr(), DTYPE_CODES[torch.int8], positions.data_ptr(),
+        scales.data_ptr(), DTYPE_CODES[scales.dtype], group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    return _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
+
+
 OP = linear_op(
     "sparse24_int4_linear(Tensor x, Tensor words, Tensor positions, Tensor scales, Tensor? bias, int group_size) "
     "-> Tensor",
@@ -49,4 +74,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects)
 OP.kernel("reference", "any")(reference)

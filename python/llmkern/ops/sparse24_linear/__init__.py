@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops import _cuda, _cuda_sparse
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.sparse24_linear.reference import dequantize, reference
 
@@ -56,6 +57,36 @@ def native(function: Any, x: Tensor, values: Tensor, positions: Tensor, scales: 
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, values: Tensor, positions: Tensor, scales: Any, bias: Any,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/sparse24_linear."""
+    n, k = values.shape[0], x.shape[-1]
+    m = x.numel() // max(k, 1)
+    if scales is None:
+        chunk, large, scales_dtype = 64, 4, 0
+    else:
+        chunk, large, scales_dtype = 128, 2, DTYPE_CODES[scales.dtype]
+    if kernel == "stream":
+        plan = _cuda_sparse.stream_plan(gpu, m, n, k, chunk, large=large)
+    else:
+        plan = _cuda_sparse.tile_plan(gpu, m, n, k, chunk)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], positions.data_ptr(),
+        pointer(scales), scales_dtype, group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, values: Tensor, positions: Tensor, scales: Any, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    if reason := _cuda_sparse.rejects_values(values, x):
+        return reason
+    return None if scales is None else _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
+
+
 OP = linear_op(
     "sparse24_linear(Tensor x, Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int group_size) "
     "-> Tensor",
@@ -65,4 +96,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects)
 OP.kernel("reference", "any")(reference)
