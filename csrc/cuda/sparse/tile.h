@@ -3,8 +3,8 @@
 // ahead; x goes through shared memory, STAGES chunks at a time, where all warps read it. The blocks of a cluster divide
 // K.
 //
-// In shared memory a row of x has, for each part of a chunk, eight segments of 16 bytes. Segment 4s + i is what the four
-// lanes of that row want for register i of the right factor of product s: the same quad of two neighbouring runs.
+// In shared memory a row of x has, for each part of a chunk, eight segments of 16 bytes. Segment 4s + i is what the
+// four lanes of that row want for register i of the right factor of product s: the same quad of two neighbouring runs.
 // Segments are permuted by the row of x, so that the rows of a matrix are in different banks.
 #pragma once
 

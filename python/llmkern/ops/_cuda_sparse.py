@@ -10,6 +10,8 @@ from llmkern.ops import _cuda
 TILE_ROWS = 128  # of w in a block of `cuda.mma`
 PART_COLUMNS = 16  # csrc/cuda/sparse/kept.h
 
+MASK_CHUNK = 64  # csrc/cuda/bitmask_linear/masked_rows.h
+
 
 def best(m: int) -> str:
     """The kernel for m rows of x: weights are streamed while two tiles of 8 rows of x hold them all."""
@@ -29,6 +31,18 @@ def tile_plan(gpu: _cuda.Gpu, m: int, n: int, k: int, chunk: int) -> _cuda.Plan:
     token_tiles = 4 if m <= 32 else 8 if m <= 64 else 16
     blocks = -(-n // TILE_ROWS) * -(-m // (8 * token_tiles))
     return _cuda.Plan(TILE_ROWS // 16, token_tiles, _splits(gpu, blocks, gpu.multiprocessors, k // (4 * chunk)))
+
+
+def mask_plan(gpu: _cuda.Gpu, kernel: str, m: int, n: int, k: int) -> _cuda.Plan:
+    """Sizes of the kernels of bitmask_linear, whose warps take 16 rows of w each."""
+    if kernel == "stream":
+        token_tiles = 2 if m > 8 else 1
+        blocks = -(-n // 16) * -(-m // (8 * token_tiles))
+        most = -(-k // (MASK_CHUNK * _cuda.STREAM_WARPS))
+        return _cuda.Plan(1, token_tiles, _splits(gpu, blocks, 2 * gpu.multiprocessors, most))
+    token_tiles = 8 if m <= 64 else 16
+    blocks = -(-n // TILE_ROWS) * -(-m // (8 * token_tiles))
+    return _cuda.Plan(TILE_ROWS // 16, token_tiles, _splits(gpu, blocks, gpu.multiprocessors, k // (4 * MASK_CHUNK)))
 
 
 def _splits(gpu: _cuda.Gpu, blocks: int, wanted: int, most: int) -> int:

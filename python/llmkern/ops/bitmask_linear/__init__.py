@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern.ops import _cuda, _cuda_sparse
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.bitmask_linear.reference import dequantize, reference
 from llmkern.ops.sparse24_linear import check_values
@@ -50,6 +51,26 @@ def native(
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor,
+    scales: Any, bias: Any, group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/bitmask_linear."""
+    n, k = bits.shape[0], x.shape[-1]
+    plan = _cuda_sparse.mask_plan(gpu, kernel, x.numel() // max(k, 1), n, k)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], bits.data_ptr(),
+        row_offsets.data_ptr(), pointer(scales), 0 if scales is None else DTYPE_CODES[scales.dtype], group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor, scales: Any, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    return _cuda_sparse.rejects_values(values, x)
+
+
 OP = linear_op(
     "bitmask_linear(Tensor x, Tensor values, Tensor bits, Tensor row_offsets, Tensor? scales, Tensor? bias, "
     "int group_size) -> Tensor",
@@ -59,4 +80,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects)
 OP.kernel("reference", "any")(reference)
