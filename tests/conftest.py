@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from types import ModuleType
 
+import emulation
 import pytest
 import torch
 from cases import CASES
@@ -56,6 +58,12 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
     seed = request.config.getoption("--seed") * 1_000_003 + zlib.crc32(request.node.nodeid.encode())
     print(f"generator seed {seed} (--seed {request.config.getoption('--seed')})")
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> ModuleType:
+    """The module _cuda whose GPU is emulated, built on first use."""
+    return emulation.build()
 
 
 @pytest.fixture

@@ -61,12 +61,12 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.doc() = "llmkern's CUDA kernels; call them through llmkern.ops.";
 
     py::module_ int8_linear_module = m.def_submodule("int8_linear");
-#define LLMKERN_KERNEL(kernel) def_linear(int8_linear_module, #kernel, kernel::int8_linear, codes_args);
+#define LLMKERN_KERNEL(kernel) def_linear(int8_linear_module, #kernel, kernels::kernel::int8_linear, codes_args);
 #include "cuda/int8_linear/kernels.def"
 #undef LLMKERN_KERNEL
 
     py::module_ int4_linear_module = m.def_submodule("int4_linear");
-#define LLMKERN_KERNEL(kernel) def_linear(int4_linear_module, #kernel, kernel::int4_linear, codes_args);
+#define LLMKERN_KERNEL(kernel) def_linear(int4_linear_module, #kernel, kernels::kernel::int4_linear, codes_args);
 #include "cuda/int4_linear/kernels.def"
 #undef LLMKERN_KERNEL
 

@@ -53,7 +53,7 @@ void for_mask_call(const char* name, const MaskArgs& from, const Plan& plan, con
     const auto of_type = [&](auto type) {
         if (from.values_dtype != DType::I8)
             return run(call, type, uint16_t(0), std::integral_constant<Scaled, Scaled::NOT>());
-        if (groups <= 1) return run(call, type, int8_t(0), std::integral_constant<Scaled, Scaled::SUMS>());
+        if (groups == 1) return run(call, type, int8_t(0), std::integral_constant<Scaled, Scaled::SUMS>());
         run(call, type, int8_t(0), std::integral_constant<Scaled, Scaled::WEIGHTS>());
     };
     for_type_of_x(name, l.x_dtype, of_type);

@@ -147,16 +147,9 @@ struct MaskedRows {
             }
     }
 
-    template <int TOKEN_TILES>
-    LLMKERN_DEVICE void scale_sums(float (&acc)[1][TOKEN_TILES][4]) const {
-        if constexpr (SCALED == Scaled::SUMS) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float s = scale(lane / 4 + 8 * h, 0);
-#pragma unroll
-                for (int t = 0; t < TOKEN_TILES; t++) acc[0][t][2 * h] *= s, acc[0][t][2 * h + 1] *= s;
-            }
-        }
+    // Of the lane's row of sums, or 8 further.
+    LLMKERN_DEVICE float scale_of_sums(int h) const {
+        return SCALED == Scaled::SUMS ? scale(lane / 4 + 8 * h, 0) : 1.0f;
     }
 };
 

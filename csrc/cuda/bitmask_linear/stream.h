@@ -92,7 +92,12 @@ struct MaskStream {
                 for (int t = 0; t < TOKEN_TILES; t++) mma<T>(acc[0][t], a[s], x[t][2 * s], x[t][2 * s + 1]);
             sync_warp();
         }
-        rows.scale_sums(acc);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float scale = rows.scale_of_sums(h);
+#pragma unroll
+            for (int t = 0; t < TOKEN_TILES; t++) acc[0][t][2 * h] *= scale, acc[0][t][2 * h + 1] *= scale;
+        }
         sync_block();  // the sums lie where the tiles did
         reduce_and_store<T, 1, TOKEN_TILES, MASK_WARPS>(acc, args.out, rows.first_row, first_token, split, args.splits);
     }

@@ -89,9 +89,11 @@ struct MaskTile {
         }
         copy_async_wait<0>();
         sync_block();
-        rows.scale_sums(acc);
         put_tile<ROWS>(acc, 16 * warp, 0);
-        store_tile<T, ROWS, TOKENS, THREADS>(args.out, first_row, first_token, split, args.splits);
+        const auto scale = [this](int64_t row) {
+            return SCALED == Scaled::SUMS ? load_float(args.scales, row, args.scales_dtype) : 1.0f;
+        };
+        store_tile<T, ROWS, TOKENS, THREADS>(args.out, first_row, first_token, split, args.splits, scale);
     }
 };
 

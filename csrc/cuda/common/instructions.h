@@ -15,12 +15,11 @@ namespace llmkern::cuda {
 struct Bf16 {};
 struct F16 {};
 
-struct alignas(16) Words4 {
-    uint32_t w[4];
-};
-
 struct alignas(8) Words2 {
     uint32_t w[2];
+};
+struct alignas(16) Words4 {
+    uint32_t w[4];
 };
 
 LLMKERN_DEVICE int thread() { return threadIdx.x; }
@@ -97,9 +96,11 @@ LLMKERN_DEVICE Words4 load_shared_use(const void* address) {
     return v;
 }
 
-// Shared memory from global memory in the background: `bytes` (0 to 16) of the 16, zeros for the rest.
+// Shared memory from global memory in the background: `bytes` (0 to 16) of the 16, zeros for the rest; into L2 comes
+// the whole line.
 LLMKERN_DEVICE void copy_async(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
+                 "r"(bytes)
                  : "memory");
 }
 // The same with 8 bytes.
@@ -125,6 +126,12 @@ LLMKERN_DEVICE void load_matrices(uint32_t (&d)[4], const void* row) {
 
 // Bytes of a and b by the selector's nibbles: 0 to 3 are a's, 4 to 7 b's.
 LLMKERN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// (a & mask) | bits in one instruction: left to itself the compiler takes two rather than a register for a constant.
+LLMKERN_DEVICE uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
 LLMKERN_DEVICE int popcount(uint32_t a) { return __popc(a); }
 
 template <class T>
@@ -171,6 +178,8 @@ LLMKERN_DEVICE float to_float<F16>(uint16_t value) {
     return f;
 }
 
+LLMKERN_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+LLMKERN_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 LLMKERN_DEVICE int round_to_int(float value) { return __float2int_rn(value); }
 
 // d += a b: a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4, c = lane % 4: a[0] and a[2] are row g, columns 2c and

@@ -5,8 +5,9 @@
 
 namespace llmkern::cuda {
 
+// In a namespace of their own, since `mma` is an instruction too.
 #define LLMKERN_KERNEL(kernel)                                 \
-    namespace kernel {                                         \
+    namespace kernels::kernel {                                \
     void int8_linear(const CodesArgs& args, const Plan& plan); \
     }
 #include "cuda/int8_linear/kernels.def"

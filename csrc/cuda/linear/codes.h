@@ -6,6 +6,8 @@
 //
 //   int4  word of columns 0..7   pairs (0, 4) (1, 5) (2, 6) (3, 7): one mask for both, a shift by 4 in between
 //   int8  word of columns 0..3   pairs (0, 2) (1, 3)
+//
+// Where x stays as it is because many products share it (tiles), a pair is of neighbours: a permutation of bytes more.
 #pragma once
 
 #include "cuda/common/instructions.h"
@@ -25,7 +27,7 @@ struct Magic<F16> {
     static constexpr uint32_t PAIR = 0x64006400;  // 1024
     static constexpr float VALUE = 1024;
     static constexpr uint32_t ONE = 0x3c003c00, MINUS_ONE = 0xbc00bc00;
-    static constexpr uint32_t SIXTEENTH = 0x2c002c00;
+    static constexpr uint32_t SIXTEENTH = 0x2c002c00, ONE_AND_SIXTEENTH = 0x2c003c00;
 };
 constexpr uint32_t MINUS_ZERO = 0x80008000;  // added to a product it changes nothing
 
@@ -33,6 +35,7 @@ struct Int4 {
     static constexpr int LANE_COLUMNS = 32;  // of 16 bytes
     static constexpr int WORD_COLUMNS = 8;
     static constexpr int PAIRS = 4;  // of a word
+    using Piece = uint32_t;          // rows are whole words
 
     // -(code's offset + zero), in the form that `decode` adds.
     template <class T>
@@ -69,12 +72,32 @@ struct Int4 {
         x[0] = permute(a, c, 0x5410), x[1] = permute(a, c, 0x7632);
         x[2] = permute(b, d, 0x5410), x[3] = permute(b, d, 0x7632);
     }
+
+    // The pair of columns 2i and 2i + 1 of a word, with neighbour_selector(i) and neighbour_offset(zero).
+    static LLMKERN_DEVICE uint32_t neighbour_selector(int i) { return i * 0x1111 + 0x4400; }
+    template <class T>
+    static LLMKERN_DEVICE uint32_t neighbour_offset(int zero) {
+        const auto both = offset<T>(zero);
+        return std::is_same_v<T, F16> ? permute(both.low, both.high, 0x7610) : both.low;
+    }
+    template <class T>
+    static LLMKERN_DEVICE uint32_t neighbours(uint32_t word, uint32_t selector, uint32_t offset) {
+        if constexpr (std::is_same_v<T, F16>) {
+            // The byte in both halves; the upper one's nibble counts sixteens.
+            const uint32_t bytes = permute(word, word, selector);
+            return fma2<T>(mask_or(bytes, 0x00f0000f, Magic<T>::PAIR), Magic<T>::ONE_AND_SIXTEENTH, offset);
+        } else {
+            const uint32_t nibbles = permute(word, word >> 4, selector);
+            return fma2<T>(mask_or(nibbles, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, offset);
+        }
+    }
 };
 
 struct Int8 {
     static constexpr int LANE_COLUMNS = 16;
     static constexpr int WORD_COLUMNS = 4;
     static constexpr int PAIRS = 2;
+    using Piece = uint8_t;
 
     template <class T>
     struct Offset {
@@ -107,6 +130,23 @@ struct Int8 {
     static LLMKERN_DEVICE void arrange(uint32_t (&x)[PAIRS]) {
         const uint32_t a = x[0], b = x[1];
         x[0] = permute(a, b, 0x5410), x[1] = permute(a, b, 0x7632);
+    }
+
+    static LLMKERN_DEVICE uint32_t neighbour_selector(int i) { return i * 0x0202 + 0x4140; }
+    template <class T>
+    static LLMKERN_DEVICE uint32_t neighbour_offset(int zero) {
+        return offset<T>(zero).pair;
+    }
+    template <class T>
+    static LLMKERN_DEVICE uint32_t neighbours(uint32_t word, uint32_t selector, uint32_t offset) {
+        if constexpr (std::is_same_v<T, F16>) {
+            return fma2<T>(permute(word ^ 0x80808080, Magic<T>::PAIR >> 8, selector), Magic<T>::ONE, offset);
+        } else {
+            const uint32_t w = permute(word, 0, selector);
+            const uint32_t code = fma2<T>(mask_or(w, 0x00800080, Magic<T>::PAIR), Magic<T>::MINUS_ONE,
+                                          mask_or(w, 0x007f007f, Magic<T>::PAIR));
+            return fma2<T>(code, Magic<T>::ONE, offset);
+        }
     }
 };
 

@@ -27,9 +27,11 @@ LLMKERN_DEVICE void put_tile(const float (&acc)[ROW_TILES][TOKEN_TILES][4], int 
                 sums[(token + 8 * t + 2 * c + i % 2) * (ROWS + 4) + row + 16 * r + g + i / 2 * 8] = acc[r][t][i];
 }
 
-// After every warp has put its part, by all threads of all blocks of the cluster.
-template <class T, int ROWS, int TOKENS, int THREADS>
-LLMKERN_DEVICE void store_tile(const Output& out, int64_t first_row, int64_t first_token, int split, int splits) {
+// After every warp has put its part, by all threads of all blocks of the cluster; scale(row): what a row of w's sums
+// are multiplied with.
+template <class T, int ROWS, int TOKENS, int THREADS, class Scale>
+LLMKERN_DEVICE void store_tile(const Output& out, int64_t first_row, int64_t first_token, int split, int splits,
+                               const Scale& scale) {
     const float* const sums = reinterpret_cast<const float*>(shared_memory());
     splits > 1 ? sync_cluster() : sync_block();
     for (int at = thread() + split * THREADS; at < ROWS * TOKENS; at += splits * THREADS) {
@@ -41,6 +43,7 @@ LLMKERN_DEVICE void store_tile(const Output& out, int64_t first_row, int64_t fir
             sum = 0;
             for (int rank = 0; rank < splits; rank++) sum += load_cluster(mine, rank);
         }
+        sum *= scale(row);
         if (out.bias) sum += load_float(out.bias, row, out.bias_dtype);
         static_cast<uint16_t*>(out.y)[token * out.n + row] = to_bits<T>(sum);
     }

@@ -51,7 +51,7 @@ SparseCall sparse_call(const char* name, const KeptArgs& from, int row_bytes, in
                      int(l.k),
                      splits,
                      {l.bias, l.bias_dtype, l.y, l.m, l.n}},
-                    groups <= 1,
+                    groups == 1,
                     false,
                     l.stream};
     if (from.scales && groups > 1 && from.group_size % PART_COLUMNS)

@@ -14,12 +14,12 @@
 namespace llmkern::cuda {
 
 template <class Format, class T, int ROW_TILES, int TOKEN_TILES, int ROW_WARPS, int TOKEN_WARPS, Scaled SCALED,
-          bool ALIGNED>
+          bool ALIGNED, int STAGES = 4 * PART_COLUMNS / Format::LANE_COLUMNS>
 struct SparseTile {
     // Scales of rows wait for the end.
     using Rows = KeptRows<Format, T, ROW_TILES, SCALED == Scaled::WEIGHTS ? SCALED : Scaled::NOT, ALIGNED>;
     using Stage = typename Rows::Stage;
-    static constexpr int PARTS = Rows::PARTS, STAGES = 4 / PARTS, DEPTH = 2;
+    static constexpr int PARTS = Rows::PARTS, DEPTH = 2;
     static constexpr int THREADS = 32 * ROW_WARPS * TOKEN_WARPS;
     static constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS;
     static constexpr int PART_BYTES = TOKENS * 128, STAGE_BYTES = PARTS * PART_BYTES;
@@ -90,6 +90,16 @@ struct SparseTile {
         }
     }
 
+    LLMKERN_DEVICE void finish(int split) {
+        copy_async_wait<0>();
+        sync_block();
+        put_tile<ROWS>(acc, first_warp_row, first_warp_token);
+        const auto scale = [this](int64_t row) {
+            return SCALED == Scaled::SUMS ? load_float(args.scales, row, args.scales_dtype) : 1.0f;
+        };
+        store_tile<T, ROWS, TOKENS, THREADS>(args.out, first_row, first_token, split, args.splits, scale);
+    }
+
     LLMKERN_DEVICE void run(int split) {
         const int chunks = (args.k + Rows::CHUNK - 1) / Rows::CHUNK;
         const int count = (chunks - split + args.splits - 1) / args.splits;  // this block's: split, split + splits, ...
@@ -115,20 +125,7 @@ struct SparseTile {
                 multiply(stages[d], i % STAGES);
                 if (i + DEPTH < count) rows.load(stages[d], chunk(i + DEPTH));
             }
-        copy_async_wait<0>();
-        sync_block();
-        if (SCALED == Scaled::SUMS) {
-#pragma unroll
-            for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    const float scale = load_float(args.scales, rows.row(r, h), args.scales_dtype);
-#pragma unroll
-                    for (int t = 0; t < TOKEN_TILES; t++) acc[r][t][2 * h] *= scale, acc[r][t][2 * h + 1] *= scale;
-                }
-        }
-        put_tile<ROWS>(acc, first_warp_row, first_warp_token);
-        store_tile<T, ROWS, TOKENS, THREADS>(args.out, first_row, first_token, split, args.splits);
+        finish(split);
     }
 };
 

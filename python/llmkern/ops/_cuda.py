@@ -20,6 +20,7 @@ HALVES = (torch.bfloat16, torch.float16)
 ORDER = ("wgmma", "mma", "stream")  # of the rows; which of them runs, `best` says
 OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0)}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
+WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
 
 
 class Gpu(NamedTuple):
@@ -89,6 +90,71 @@ def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     return Plan(row_tiles, token_tiles, splits)
 
 
+def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
+    """Sizes of `cuda.mma`: 64 rows of w by 32 of x, or 128 by 64 (csrc/cuda/linear/launch_mma.h).
+
+    Small blocks where x has no more rows, or where nothing else gives every multiprocessor a block: there are no
+    clusters before 9.0. Rows of x are divided evenly, so that a row more than a block takes is not a block more for it.
+    """
+    row_tiles, most, columns = 8, 8, 64
+    if m <= 32 or (gpu.capability < (9, 0) and _blocks(n, 8) * -(-m // 64) < gpu.multiprocessors):
+        row_tiles, most, columns = 4, 4, 128
+    token_blocks = -(-m // (8 * most))
+    token_tiles = -(-m // (8 * token_blocks))
+    blocks = _blocks(n, row_tiles) * token_blocks
+    return Plan(row_tiles, token_tiles, _cluster(gpu, blocks, k, 4 * columns))
+
+
+def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
+    """Sizes of `cuda.wgmma`: 128 rows of w by some of x, or 256 by 128 where that takes no more rounds of blocks."""
+    token_blocks = -(-m // 128)
+    token_tiles = next(tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles * token_blocks)
+    small, large = _blocks(n, 8) * token_blocks, _blocks(n, 16) * token_blocks
+    if token_tiles == 16 and 2 * -(-large // gpu.multiprocessors) <= -(-small // gpu.multiprocessors):
+        return Plan(16, token_tiles, 1)
+    return Plan(8, token_tiles, _cluster(gpu, small, k, 512))
+
+
+def _blocks(n: int, row_tiles: int) -> int:
+    return -(-n // (16 * row_tiles))
+
+
+def _cluster(gpu: Gpu, blocks: int, k: int, least: int) -> int:
+    """Blocks that divide K until every multiprocessor has one, as long as each has `least` columns."""
+    splits = 1
+    while gpu.capability >= (9, 0) and splits < 8 and 2 * blocks * splits <= gpu.multiprocessors:
+        if k < 2 * splits * least:
+            break
+        splits *= 2
+    return splits
+
+
+def codes_plan(kernel: str, gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
+    """Sizes for int4 and int8 weights with x kept, see `stream_plan`."""
+    if kernel == "stream":
+        return stream_plan(gpu, m, n, k, lane_columns)
+    return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k)
+
+
+def best(gpu: Gpu, m: int, n: int, k: int) -> str:
+    """Which kernel suits a product with M rows of x kept as they are and int4 or int8 weights.
+
+    Up to 16 rows every weight is used in one product as soon as it arrives. Up to 32, products of a warp keep up with
+    memory; from there on those of a warpgroup are needed, which take 64 rows of x in the time of reading int4 weights.
+    """
+    if m <= 16:
+        return "stream"
+    return "wgmma" if gpu.capability[0] == 9 and m > 32 else "mma"
+
+
+def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
+    """Why `kernel` leaves a product to a later row: to an earlier one, which did not run, it cannot."""
+    faster = best(gpu, m, n, k)
+    if ORDER.index(faster) <= ORDER.index(kernel):
+        return None
+    return f"cuda.{faster} is faster for {m} rows of x"
+
+
 def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
     """Why a kernel cannot run whose scales are those of `multiple` neighbouring columns."""
     if group_size < k and group_size % multiple:
@@ -96,10 +162,16 @@ def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
     return None
 
 
-def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | None]) -> None:
+def add_rows(
+    op: Op,
+    call: Callable[..., Tensor],
+    rejects: Callable[..., str | None],
+    yields: Callable[..., str | None] | None = None,
+) -> None:
     """One row per CUDA kernel of this op that is built.
 
-    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first.
+    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first, and
+    `yields(kernel, gpu, x, ...)` whether a later row is faster.
     """
     if _features.cuda is None:
         op.kernel("cuda.native", "cuda", reason=_features.cuda_error)(call)
@@ -108,8 +180,9 @@ def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | N
     for kernel in ORDER:
         if function := getattr(built, kernel, None):
             op.kernel(
-                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel)
-            )(partial(_run, call, kernel, function))
+                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel),
+                yields=partial(_yields, yields, kernel) if yields else None,
+            )(partial(_run, call, kernel, function))  # fmt: skip
 
 
 def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
@@ -118,6 +191,10 @@ def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any
     if x.dtype not in HALVES:
         return f"needs bfloat16 or float16 x, got {x.dtype}"
     return more(kernel, x, *args)
+
+
+def _yields(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
+    return more(kernel, device_of(x), x, *args)
 
 
 def _run(call: Callable[..., Tensor], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Tensor:

@@ -24,6 +24,8 @@ void enter() {
         for (const auto& group : me->groups) waited = waited && group.empty();
         // What nobody waited for may land when the memory is another block's.
         if (!waited) throw std::runtime_error("a thread ended with asynchronous copies that it never waited for");
+        if (!me->product_groups.empty() || !me->open_products.empty())
+            throw std::runtime_error("a thread ended with asynchronous products that it never waited for");
     } catch (...) {
         failure = std::current_exception();
     }
@@ -113,10 +115,13 @@ void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std:
                 machine.cluster.clear();
                 machine.cluster_group = std::make_unique<Group>(threads * cluster_y);
                 std::vector<std::unique_ptr<Fiber>> fibers;
+                machine.fibers.clear();
                 for (int rank = 0; rank < cluster_y; rank++) {
                     machine.cluster.push_back(std::make_unique<Block>(Index{x, y + rank, z}, threads, shared_bytes));
-                    for (int thread = 0; thread < threads; thread++)
+                    for (int thread = 0; thread < threads; thread++) {
                         fibers.push_back(make_fiber(*machine.cluster.back(), thread, rank));
+                        machine.fibers.push_back(fibers.back().get());
+                    }
                 }
                 run_fibers(fibers);
             }

@@ -35,6 +35,14 @@ struct Copy {  // of copy_async, not done before it is waited for
     uint8_t bytes[16];
 };
 
+struct AsyncProduct {  // of a warpgroup (wgmma.h), not done before it is waited for
+    void* d;
+    const void* a;  // registers, or null: a_shared
+    uint64_t a_shared, b_shared;
+    void (*run)(const AsyncProduct* const* threads);
+    const uint32_t* positions = nullptr;  // of a sparse a
+};
+
 struct Block {
     Index index;
     std::vector<uint8_t> memory;
@@ -54,10 +62,15 @@ struct Fiber {
     bool done = false;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;
+    bool unfenced = false;  // copies have landed that products of a warpgroup cannot see yet
+    std::vector<std::vector<AsyncProduct>> product_groups;  // committed, oldest first
+    std::vector<AsyncProduct> open_products;
+    bool registers_fenced = false;
 };
 
 struct Machine {
     Fiber* current = nullptr;
+    std::vector<Fiber*> fibers;  // of the cluster's blocks
     std::vector<std::unique_ptr<Block>> cluster;
     std::unique_ptr<Group> cluster_group;
     long steps = 0;  // of any fiber past something that it waited for
@@ -73,6 +86,7 @@ void wait_until(const std::function<bool()>& ready);
 void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work);
 
 inline Group& my_warp() { return machine.current->block->warps[machine.current->thread / LANES]; }
+inline Group& my_warpgroup() { return machine.current->block->warpgroups[machine.current->thread / (4 * LANES)]; }
 inline int my_lane() { return machine.current->thread % LANES; }
 
 // Runs `body` for every thread of every block.

@@ -56,8 +56,8 @@ def cuda(
     scales: Any, bias: Any, group_size: int,
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/bitmask_linear."""
-    n, k = bits.shape[0], x.shape[-1]
-    plan = _cuda_sparse.mask_plan(gpu, kernel, x.numel() // max(k, 1), n, k)
+    n = bits.shape[0]
+    plan = _cuda_sparse.mask_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1])
     return _cuda.cuda_call(
         function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], bits.data_ptr(),
         row_offsets.data_ptr(), pointer(scales), 0 if scales is None else DTYPE_CODES[scales.dtype], group_size,
@@ -71,6 +71,11 @@ def cuda_rejects(
     return _cuda_sparse.rejects_values(values, x)
 
 
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *_: Any) -> str | None:
+    """Why a CUDA kernel that can run leaves these arguments to a later one."""
+    return _cuda_sparse.yields(kernel, gpu, x, wgmma=False)
+
+
 OP = linear_op(
     "bitmask_linear(Tensor x, Tensor values, Tensor bits, Tensor row_offsets, Tensor? scales, Tensor? bias, "
     "int group_size) -> Tensor",
@@ -80,5 +85,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
-_cuda.add_rows(OP, cuda, cuda_rejects)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 OP.kernel("reference", "any")(reference)

@@ -51,7 +51,7 @@ def cuda(
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/int4_linear."""
     n, k = words.shape[0], x.shape[-1]
-    plan = _cuda.stream_plan(gpu, x.numel() // max(k, 1), n, k, lane_columns=32)
+    plan = _cuda.codes_plan(kernel, gpu, x.numel() // max(k, 1), n, k, lane_columns=32)
     return _cuda.cuda_call(
         function, plan, x, n, bias, words.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
         group_size,
@@ -68,6 +68,12 @@ def cuda_rejects(
     return _cuda.rejects_groups(group_size, x.shape[-1], 32)
 
 
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, words: Tensor, *rest: Any) -> str | None:
+    """Whether a later CUDA kernel is faster on these arguments."""
+    k = x.shape[-1]
+    return _cuda.yields(kernel, gpu, x.numel() // max(k, 1), words.shape[0], k)
+
+
 OP = linear_op(
     "int4_linear(Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? bias, int group_size, "
     "str? activations=None) -> Tensor",
@@ -77,5 +83,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
-_cuda.add_rows(OP, cuda, cuda_rejects)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 OP.kernel("reference", "any")(reference)

@@ -45,7 +45,7 @@ def cuda(
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/int8_linear."""
     n, k = codes.shape
-    plan = _cuda.stream_plan(gpu, x.numel() // max(k, 1), n, k, lane_columns=16)
+    plan = _cuda.codes_plan(kernel, gpu, x.numel() // max(k, 1), n, k, lane_columns=16)
     return _cuda.cuda_call(
         function, plan, x, n, bias, codes.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
         group_size,
@@ -59,11 +59,17 @@ def cuda_rejects(
     return _cuda.rejects_groups(group_size, x.shape[-1], 16)
 
 
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, codes: Tensor, *rest: Any) -> str | None:
+    """Whether a later CUDA kernel is faster on these arguments."""
+    k = x.shape[-1]
+    return _cuda.yields(kernel, gpu, x.numel() // max(k, 1), codes.shape[0], k)
+
+
 OP = linear_op(
     "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor",
     check=check,
     dequantize=lambda x, codes, scales, zeros, bias, group_size: dequantize(codes, scales, zeros, group_size),
 )
 OP.native(native)
-_cuda.add_rows(OP, cuda, cuda_rejects)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 OP.kernel("reference", "any")(reference)

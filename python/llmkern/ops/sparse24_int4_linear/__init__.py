@@ -46,12 +46,8 @@ def cuda(
     group_size: int,
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/sparse24_int4_linear."""
-    n, k = words.shape[0], x.shape[-1]
-    m = x.numel() // max(k, 1)
-    if kernel == "stream":
-        plan = _cuda_sparse.stream_plan(gpu, m, n, k, 128, large=2)
-    else:
-        plan = _cuda_sparse.tile_plan(gpu, m, n, k, 128)
+    n = words.shape[0]
+    plan = _cuda_sparse.kept_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1], scaled=True)
     return _cuda.cuda_call(
         function, plan, x, n, bias, words.data_ptr(), DTYPE_CODES[torch.int8], positions.data_ptr(),
         scales.data_ptr(), DTYPE_CODES[scales.dtype], group_size,
@@ -62,7 +58,14 @@ def cuda_rejects(
     kernel: str, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any, group_size: int
 ) -> str | None:
     """Why a CUDA kernel cannot run on these arguments."""
+    if reason := _cuda_sparse.rejects_alignment(kernel, x, words, positions, 32):
+        return reason
     return _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
+
+
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *_: Any) -> str | None:
+    """Why a CUDA kernel that can run leaves these arguments to a later one."""
+    return _cuda_sparse.yields(kernel, gpu, x, wgmma=True)
 
 
 OP = linear_op(
@@ -74,5 +77,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
-_cuda.add_rows(OP, cuda, cuda_rejects)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 OP.kernel("reference", "any")(reference)

@@ -62,19 +62,11 @@ def cuda(
     group_size: int,
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/sparse24_linear."""
-    n, k = values.shape[0], x.shape[-1]
-    m = x.numel() // max(k, 1)
-    if scales is None:
-        chunk, large, scales_dtype = 64, 4, 0
-    else:
-        chunk, large, scales_dtype = 128, 2, DTYPE_CODES[scales.dtype]
-    if kernel == "stream":
-        plan = _cuda_sparse.stream_plan(gpu, m, n, k, chunk, large=large)
-    else:
-        plan = _cuda_sparse.tile_plan(gpu, m, n, k, chunk)
+    n = values.shape[0]
+    plan = _cuda_sparse.kept_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1], scaled=scales is not None)
     return _cuda.cuda_call(
         function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], positions.data_ptr(),
-        pointer(scales), scales_dtype, group_size,
+        pointer(scales), 0 if scales is None else DTYPE_CODES[scales.dtype], group_size,
     )  # fmt: skip
 
 
@@ -84,7 +76,14 @@ def cuda_rejects(
     """Why a CUDA kernel cannot run on these arguments."""
     if reason := _cuda_sparse.rejects_values(values, x):
         return reason
+    if reason := _cuda_sparse.rejects_alignment(kernel, x, values, positions, 16 if scales is None else 32):
+        return reason
     return None if scales is None else _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
+
+
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *_: Any) -> str | None:
+    """Why a CUDA kernel that can run leaves these arguments to a later one."""
+    return _cuda_sparse.yields(kernel, gpu, x, wgmma=True)
 
 
 OP = linear_op(
@@ -96,5 +95,5 @@ OP = linear_op(
     ),
 )
 OP.native(native)
-_cuda.add_rows(OP, cuda, cuda_rejects)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 OP.kernel("reference", "any")(reference)

@@ -24,12 +24,11 @@ using emulated::meet;
 struct Bf16 {};
 struct F16 {};
 
-struct alignas(16) Words4 {
-    uint32_t w[4];
-};
-
 struct alignas(8) Words2 {
     uint32_t w[2];
+};
+struct alignas(16) Words4 {
+    uint32_t w[4];
 };
 
 inline int thread() { return machine.current->thread; }
@@ -37,6 +36,9 @@ inline int block_x() { return machine.current->block->index.x; }
 inline int block_y() { return machine.current->block->index.y; }
 inline int block_z() { return machine.current->block->index.z; }
 inline uint8_t* shared_memory() { return machine.current->block->shared; }
+inline uint32_t shared_address(const void* pointer) {
+    return uint32_t(static_cast<const uint8_t*>(pointer) - shared_memory());
+}
 
 inline void sync_block() {
     meet(machine.current->block->all, thread(), "sync_block", nullptr, [](void* const*) {});
@@ -120,6 +122,7 @@ void copy_async_wait() {
     auto& groups = machine.current->groups;
     while (groups.size() > PENDING) {
         for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.bytes, copy.size);
+        machine.current->unfenced |= !groups.front().empty();
         groups.erase(groups.begin());
     }
 }
@@ -144,6 +147,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; i++) d |= uint32_t(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
     return d;
 }
+inline uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 inline int popcount(uint32_t a) { return __builtin_popcount(a); }
 
 // Rounds a double once to the type's bits: to nearest, ties to even.
@@ -190,6 +194,17 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
         d |= uint32_t(round_to<T>(half(a) * half(b) + half(c))) << shift;
     }
     return d;
+}
+
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float bits_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 inline int round_to_int(float value) { return int(std::nearbyint(value)); }
