@@ -111,15 +111,16 @@ def test_plans_of_every_instance(
 ) -> None:
     """The sizes that the cases above leave out, and clusters."""
     case = LinearCase(op, 37, 640, value_dtype=I8 if op == "sparse24_int4_linear" else BF16, group_size=128)
-    plans = {"stream": [(1, 1, 4), (2, 1, 2)], "mma": [(8, 16, 2)], "wgmma": [(8, 8, 2), (8, 16, 4)]}
+    plans = {"stream": [Plan(1, 1, 4), Plan(2, 1, 2)], "mma": [Plan(8, 16, 2)]}
+    plans["wgmma"] = [Plan(8, 8, 2), Plan(8, 16, 4)]
     if op == "bitmask_linear":
-        plans = {"stream": [(1, 2, 4)], "mma": [(8, 8, 2), (8, 16, 8)]}
+        plans = {"stream": [Plan(1, 2, 4)], "mma": [Plan(8, 8, 2), Plan(8, 16, 8)]}
     for kernel, found in plans.items():
-        for sizes in found:
+        for plan in found:
             for name in ("kept_plan", "mask_plan"):
-                monkeypatch.setattr(_cuda_sparse, name, lambda *_, plan=Plan(*sizes), **__: plan)
+                monkeypatch.setattr(_cuda_sparse, name, lambda *_, plan=plan, **__: plan)
             x = torch.randn((11, case.k), generator=generator).bfloat16()
-            check(run(emulated, kernel, case, x, None), case, x, None, f"{kernel}, {sizes}")
+            check(run(emulated, kernel, case, x, None), case, x, None, f"{kernel}, {plan}")
 
 
 @pytest.mark.parametrize("kernel", ["stream", "mma", "wgmma"])
