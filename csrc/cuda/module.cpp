@@ -3,9 +3,12 @@
 // sizes. A launch that fails is a RuntimeError.
 #include <pybind11/pybind11.h>
 
+#include "cuda/bitmask_linear/bitmask_linear.h"
 #include "cuda/int4_linear/int4_linear.h"
 #include "cuda/int8_dynamic_linear/int8_dynamic_linear.h"
 #include "cuda/int8_linear/int8_linear.h"
+#include "cuda/sparse24_int4_linear/sparse24_int4_linear.h"
+#include "cuda/sparse24_linear/sparse24_linear.h"
 
 namespace py = pybind11;
 
@@ -46,6 +49,18 @@ IntegerCodesArgs integer_codes_args(LinearArgs linear, Address codes, Address sc
     return {codes_args(linear, codes, scales, scales_dtype, zeros, group_size), at<void>(workspace)};
 }
 
+KeptArgs kept_args(LinearArgs linear, Address values, int values_dtype, Address positions, Address scales,
+                   int scales_dtype, int64_t group_size) {
+    return {linear,           at<void>(values),    DType(values_dtype), at<uint8_t>(positions),
+            at<void>(scales), DType(scales_dtype), group_size};
+}
+
+MaskArgs mask_args(LinearArgs linear, Address values, int values_dtype, Address bits, Address row_offsets,
+                   Address scales, int scales_dtype, int64_t group_size) {
+    return {linear,           at<void>(values),    DType(values_dtype), at<uint8_t>(bits), at<int64_t>(row_offsets),
+            at<void>(scales), DType(scales_dtype), group_size};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -69,6 +84,22 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
 #define LLMKERN_KERNEL(kernel) \
     def_linear(int4_linear_module, #kernel "_int8", kernels::kernel::int4_linear_int8, integer_codes_args);
 #include "cuda/int4_linear/int8_kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ sparse24_linear_module = m.def_submodule("sparse24_linear");
+#define LLMKERN_KERNEL(kernel) def_linear(sparse24_linear_module, #kernel, kernels::kernel::sparse24_linear, kept_args);
+#include "cuda/sparse24_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ sparse24_int4_linear_module = m.def_submodule("sparse24_int4_linear");
+#define LLMKERN_KERNEL(kernel) \
+    def_linear(sparse24_int4_linear_module, #kernel, kernels::kernel::sparse24_int4_linear, kept_args);
+#include "cuda/sparse24_int4_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ bitmask_linear_module = m.def_submodule("bitmask_linear");
+#define LLMKERN_KERNEL(kernel) def_linear(bitmask_linear_module, #kernel, kernels::kernel::bitmask_linear, mask_args);
+#include "cuda/bitmask_linear/kernels.def"
 #undef LLMKERN_KERNEL
 }
 

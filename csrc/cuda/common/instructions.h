@@ -95,6 +95,14 @@ LLMKERN_DEVICE Words4 load_once(const void* address) {
     return v;
 }
 
+LLMKERN_DEVICE Words2 load_once8(const void* address) {
+    Words2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n"
+                 : "=r"(v.w[0]), "=r"(v.w[1])
+                 : "l"(address));
+    return v;
+}
+
 // 16 bytes that other warps read too.
 LLMKERN_DEVICE Words4 load_shared_use(const void* address) {
     Words4 v;
@@ -124,11 +132,25 @@ LLMKERN_DEVICE void copy_async(void* to, const void* from, int bytes) {
                  "r"(bytes)
                  : "memory");
 }
+// The same with 8 bytes.
+LLMKERN_DEVICE void copy_async8(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
 LLMKERN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Until no more than PENDING of this thread's groups are under way.
 template <int PENDING>
 LLMKERN_DEVICE void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes in shared memory, whose rows lane 8i + j points to: d[i] of lane 4j + c is word c
+// of row j of matrix i.
+LLMKERN_DEVICE void load_matrices(uint32_t (&d)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 // Bytes of a and b by the selector's nibbles: 0 to 3 are a's, 4 to 7 b's.

@@ -31,6 +31,7 @@ struct Group {  // threads that meet: a warp, four warps, a block, a cluster
 
 struct Copy {     // of copy_async, not done before it is waited for
     uint8_t* to;  // null: it is
+    int size;
     uint8_t bytes[16];
 };
 
@@ -39,6 +40,7 @@ struct AsyncProduct {  // of a warpgroup (wgmma.h), not done before it is waited
     const void* a;  // registers, or null: a_shared
     uint64_t a_shared, b_shared;
     void (*run)(const AsyncProduct* const* threads);
+    const uint32_t* positions = nullptr;  // of a sparse a
 };
 
 struct Block {

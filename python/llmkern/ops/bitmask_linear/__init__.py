@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _triton
+from llmkern.ops import _cuda, _cuda_sparse, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.bitmask_linear.reference import dequantize, reference
 from llmkern.ops.sparse24_linear import check_values
@@ -51,6 +51,31 @@ def native(
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor,
+    scales: Any, bias: Any, group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/bitmask_linear."""
+    n = bits.shape[0]
+    plan = _cuda_sparse.mask_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1])
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], bits.data_ptr(),
+        row_offsets.data_ptr(), pointer(scales), 0 if scales is None else DTYPE_CODES[scales.dtype], group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, values: Tensor, bits: Tensor, row_offsets: Tensor, scales: Any, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    return _cuda_sparse.rejects_values(values, x)
+
+
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *_: Any) -> str | None:
+    """Why a CUDA kernel that can run leaves these arguments to a later one."""
+    return _cuda_sparse.yields(kernel, gpu, x, wgmma=False)
+
+
 OP = linear_op(
     "bitmask_linear(Tensor x, Tensor values, Tensor bits, Tensor row_offsets, Tensor? scales, Tensor? bias, "
     "int group_size) -> Tensor",
@@ -60,5 +85,6 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 _triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _triton
+from llmkern.ops import _cuda, _cuda_sparse, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call
 from llmkern.ops.sparse24_int4_linear.reference import dequantize, reference
 from llmkern.ops.sparse24_linear import check_positions
@@ -41,6 +41,33 @@ def native(
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/sparse24_int4_linear."""
+    n = words.shape[0]
+    plan = _cuda_sparse.kept_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1], scaled=True)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, words.data_ptr(), DTYPE_CODES[torch.int8], positions.data_ptr(),
+        scales.data_ptr(), DTYPE_CODES[scales.dtype], group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    if reason := _cuda_sparse.rejects_alignment(kernel, x, words, positions, 32):
+        return reason
+    return _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
+
+
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *_: Any) -> str | None:
+    """Why a CUDA kernel that can run leaves these arguments to a later one."""
+    return _cuda_sparse.yields(kernel, gpu, x, wgmma=True)
+
+
 OP = linear_op(
     "sparse24_int4_linear(Tensor x, Tensor words, Tensor positions, Tensor scales, Tensor? bias, int group_size) "
     "-> Tensor",
@@ -50,5 +77,6 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 _triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _triton
+from llmkern.ops import _cuda, _cuda_sparse, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.sparse24_linear.reference import dequantize, reference
 
@@ -57,6 +57,35 @@ def native(function: Any, x: Tensor, values: Tensor, positions: Tensor, scales: 
     )  # fmt: skip
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, x: Tensor, values: Tensor, positions: Tensor, scales: Any, bias: Any,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/sparse24_linear."""
+    n = values.shape[0]
+    plan = _cuda_sparse.kept_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1], scaled=scales is not None)
+    return _cuda.cuda_call(
+        function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], positions.data_ptr(),
+        pointer(scales), 0 if scales is None else DTYPE_CODES[scales.dtype], group_size,
+    )  # fmt: skip
+
+
+def cuda_rejects(
+    kernel: str, x: Tensor, values: Tensor, positions: Tensor, scales: Any, bias: Any, group_size: int
+) -> str | None:
+    """Why a CUDA kernel cannot run on these arguments."""
+    if reason := _cuda_sparse.rejects_values(values, x):
+        return reason
+    if reason := _cuda_sparse.rejects_alignment(kernel, x, values, positions, 16 if scales is None else 32):
+        return reason
+    return None if scales is None else _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
+
+
+def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *_: Any) -> str | None:
+    """Why a CUDA kernel that can run leaves these arguments to a later one."""
+    return _cuda_sparse.yields(kernel, gpu, x, wgmma=True)
+
+
 OP = linear_op(
     "sparse24_linear(Tensor x, Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int group_size) "
     "-> Tensor",
@@ -66,5 +95,6 @@ OP = linear_op(
     ),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
 _triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

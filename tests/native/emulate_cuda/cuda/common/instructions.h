@@ -100,6 +100,12 @@ inline Words4 load_once(const void* address) {
     std::memcpy(&v, address, sizeof v);
     return v;
 }
+inline Words2 load_once8(const void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % 8) throw std::runtime_error("misaligned load of 8 bytes");
+    Words2 v;
+    std::memcpy(&v, address, sizeof v);
+    return v;
+}
 inline Words4 load_shared_use(const void* address) { return load_once(address); }
 
 inline uint32_t load_2_or_4(const void* address, bool four) {
@@ -109,15 +115,18 @@ inline uint32_t load_2_or_4(const void* address, bool four) {
     return v;
 }
 
-inline void copy_async(void* to, const void* from, int bytes) {
-    if (reinterpret_cast<uintptr_t>(from) % 16 || reinterpret_cast<uintptr_t>(to) % 16 || bytes < 0 || bytes > 16)
-        throw std::runtime_error("copy_async: misaligned, or not 0 to 16 bytes");
-    emulated::Copy copy{static_cast<uint8_t*>(to), {}};
+template <int SIZE>
+void copy_in_background(void* to, const void* from, int bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % SIZE || reinterpret_cast<uintptr_t>(to) % SIZE || bytes < 0 || bytes > SIZE)
+        throw std::runtime_error("copy_async: misaligned, or more bytes than it copies");
+    emulated::Copy copy{static_cast<uint8_t*>(to), SIZE, {}};
     if (bytes) std::memcpy(copy.bytes, from, bytes);
     // Every other warp's copies land at once, so that what is overwritten too early shows too.
-    if (thread() / emulated::LANES % 2) std::memcpy(std::exchange(copy.to, nullptr), copy.bytes, sizeof copy.bytes);
+    if (thread() / emulated::LANES % 2) std::memcpy(std::exchange(copy.to, nullptr), copy.bytes, copy.size);
     machine.current->open.push_back(copy);
 }
+inline void copy_async(void* to, const void* from, int bytes) { copy_in_background<16>(to, from, bytes); }
+inline void copy_async8(void* to, const void* from, int bytes) { copy_in_background<8>(to, from, bytes); }
 inline void copy_async_commit() {
     auto& fiber = *machine.current;
     fiber.groups.push_back(std::move(fiber.open));
@@ -128,10 +137,24 @@ void copy_async_wait() {
     auto& groups = machine.current->groups;
     while (groups.size() > PENDING) {
         for (const auto& copy : groups.front())
-            if (copy.to) std::memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+            if (copy.to) std::memcpy(copy.to, copy.bytes, copy.size);
         machine.current->unfenced |= !groups.front().empty();
         groups.erase(groups.begin());
     }
+}
+
+inline void load_matrices(uint32_t (&d)[4], const void* row) {
+    struct Record {
+        const uint8_t* row;
+        uint32_t* d;
+    } record{static_cast<const uint8_t*>(row), d};
+    if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("load_matrices: misaligned row");
+    meet(emulated::my_warp(), emulated::my_lane(), "load_matrices", &record, [](void* const* all) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++)
+                std::memcpy(static_cast<Record*>(all[lane])->d + i,
+                            static_cast<Record*>(all[8 * i + lane / 4])->row + lane % 4 * 4, 4);
+    });
 }
 
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {

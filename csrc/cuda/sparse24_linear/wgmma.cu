@@ -1,0 +1,13 @@
+#include "cuda/sparse/launch_wgmma.h"
+#include "cuda/sparse24_linear/sparse24_linear.h"
+
+namespace llmkern::cuda::kernels::wgmma {
+
+void sparse24_linear(const KeptArgs& args, const Plan& plan) {
+    const char* const name = "sparse24_linear: cuda.wgmma";
+    const int values = int((args.linear.k + 3) / 4 * 2);
+    if (args.values_dtype == DType::I8) return launch_sparse_wgmma<KeptInt8>(name, args, values, plan);
+    launch_sparse_wgmma<Kept16>(name, args, 2 * values, plan);
+}
+
+}  // namespace llmkern::cuda::kernels::wgmma
