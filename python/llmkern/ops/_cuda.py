@@ -17,8 +17,8 @@ from llmkern._registry import Op
 from llmkern.ops._linear import DTYPE_CODES
 
 HALVES = (torch.bfloat16, torch.float16)
-ORDER = ("wgmma", "mma", "stream")  # of the rows; which of them runs, `best` says
-OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0)}  # compute capability
+ORDER = ("wgmma", "mma", "stream", "block")  # of the rows; which of them runs, `best` says
+OLDEST = {"stream": (8, 0), "mma": (8, 0), "wgmma": (9, 0), "block": (8, 0)}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 
 
@@ -96,10 +96,14 @@ def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
     return None
 
 
-def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | None]) -> None:
+def add_rows(
+    op: Op, call: Callable[..., Any], rejects: Callable[..., str | None] | None = None, *,
+    dtypes: tuple[torch.dtype, ...] = HALVES,
+) -> None:  # fmt: skip
     """One row per CUDA kernel of this op that is built.
 
-    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first.
+    `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first. dtypes:
+    those of x that its kernels take.
     """
     if _features.cuda is None:
         op.kernel("cuda.native", "cuda", reason=_features.cuda_error)(call)
@@ -108,20 +112,30 @@ def add_rows(op: Op, call: Callable[..., Tensor], rejects: Callable[..., str | N
     for kernel in ORDER:
         if function := getattr(built, kernel, None):
             op.kernel(
-                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel)
-            )(partial(_run, call, kernel, function))
+                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel),
+                rejects=partial(_rejects, rejects, dtypes, kernel),
+            )(partial(_run, call, kernel, function))  # fmt: skip
 
 
-def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
+def _rejects(
+    more: Callable[..., str | None] | None, dtypes: tuple[torch.dtype, ...], kernel: str, x: Tensor, *args: Any
+) -> str | None:
     if reason := _refused(kernel, device_of(x)):
         return reason
-    if x.dtype not in HALVES:
-        return f"needs bfloat16 or float16 x, got {x.dtype}"
-    return more(kernel, x, *args)
+    if x.dtype not in dtypes:
+        return f"needs {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} x, got {x.dtype}"
+    return more(kernel, x, *args) if more else None
 
 
-def _run(call: Callable[..., Tensor], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Tensor:
+def _run(call: Callable[..., Any], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Any:
     return call(kernel, function, device_of(x), x, *args)
+
+
+def call(function: Callable[..., None], on: Tensor, *args: Any) -> None:
+    """`function(*args, stream)` with the current stream of the device that `on` is on."""
+    stream = torch.cuda.current_stream(on.device).cuda_stream if on.is_cuda else 0
+    with torch.cuda.device_of(on):  # launches go to the current device; nothing to do for an emulated one
+        function(*args, stream)
 
 
 def cuda_call(
