@@ -169,7 +169,9 @@ def test_equal_scores_prune_the_first(emulated: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [*SEARCH_CASES, SearchCase(3, 300, 300, steps=70), SearchCase(5, 40, 20, steps=64, symmetric=False)], ids=str
+    "case",
+    [*SEARCH_CASES, SearchCase(3, 300, 300, steps=70), SearchCase(5, 40, 20, steps=64, symmetric=False)],
+    ids=str,
 )
 @pytest.mark.usefixtures("poisoned")
 def test_scale_search(emulated: ModuleType, case: SearchCase, generator: torch.Generator) -> None:

@@ -71,7 +71,7 @@ struct ColumnGrids {
         for (int i = 0; i < 4; i++) {
             const int zero = int8_t(zeros >> 8 * i);
             divisor[i] = multiply(scale[i], factor);
-            reciprocal[i] = divide(1.0f, divisor[i]);
+            reciprocal[i] = settle(divide(1.0f, divisor[i]));
             const float first = multiply(divisor[i], float(-half - zero));
             const float last = multiply(divisor[i], float(half - 1 - zero));
             low[i] = minimum(first, last);

@@ -159,6 +159,11 @@ LLMKERN_DEVICE float round_even(float value) { return rintf(value); }
 // Of a NaN and a number, the number.
 LLMKERN_DEVICE float minimum(float a, float b) { return fminf(a, b); }
 LLMKERN_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+// The value, computed here: the compiler may not put it off into a loop that comes later.
+LLMKERN_DEVICE float settle(float value) {
+    asm volatile("" : "+f"(value));
+    return value;
+}
 LLMKERN_DEVICE float absolute(float value) { return fabsf(value); }
 LLMKERN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 

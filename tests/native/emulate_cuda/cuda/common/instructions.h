@@ -182,6 +182,7 @@ inline float divide(float a, float b) { return a / b; }
 inline float round_even(float value) { return std::nearbyint(value); }
 inline float minimum(float a, float b) { return std::fmin(a, b); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline float settle(float value) { return value; }
 inline float absolute(float value) { return std::fabs(value); }
 inline float as_float(uint32_t bits) {
     float f;
