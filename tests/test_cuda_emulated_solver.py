@@ -158,6 +158,43 @@ def test_quotients_are_rounded_correctly(emulated: ModuleType, generator: torch.
         assert not torch.signbit(q[q == 0]).any()
 
 
+def near_middles() -> list[tuple[float, float]]:
+    """All x, scale, up to powers of two, whose quotient is next to the middle of h and the next float.
+
+    h are the integers and a half up to 255.5; "next to": within 4 * 2^-24 units in the last place of h. With the middle
+    m 2^(e-24) and scale s, that is x = X 2^(k+e-24) with |X 2^k - m s| <= 8, so m s = d modulo 2^k, |d| <= 8.
+    """
+    found = []
+    for doubled in range(1, 512, 2):
+        e = doubled.bit_length() - 2
+        below = ((doubled << (23 - e)) - 1, e) if doubled > 1 else ((1 << 25) - 1, -2)
+        for m, e in (((doubled << (23 - e)) + 1, e), below):
+            for k in (24, 25):
+                inverse = pow(m, -1, 1 << k)
+                for d in range(-8, 9):
+                    s = d * inverse % (1 << k)
+                    x, off = divmod(m * s - d, 1 << k)
+                    if 1 << 23 <= s < 1 << 24 and 1 << 23 <= x < 1 << 24 and not off:
+                        found.append((float(x) * 2.0 ** (k + e - 24), float(s)))
+    return found
+
+
+def test_quotients_next_to_ties(emulated: ModuleType) -> None:
+    pairs = torch.tensor(near_middles(), dtype=torch.float64)
+    assert torch.equal(pairs.float().double(), pairs)
+    pairs = torch.cat([pairs, pairs.new_ones(-len(pairs) % 128, 2)]).float()
+    w, scales = pairs[:, 0].view(-1, 128).contiguous(), pairs[:, 1].view(-1, 128).contiguous()
+    assert len(w) > 10
+    zeros = torch.full(w.shape, -128, dtype=torch.int8)
+    groups = torch.arange(128, dtype=torch.int32)
+    for power in (0, -20, 40):
+        scaled, grid = w * 2.0**power, scales * 2.0**power
+        q = run(emulated, "gptq_block", scaled, scaled, torch.eye(128), grid, zeros, groups, None, 8)
+        assert torch.equal(q, quantize(scaled, grid, zeros, 8))
+        q = run(emulated, "gptq_block", -scaled, -scaled, torch.eye(128), grid, ~zeros, groups, None, 8)
+        assert torch.equal(q, quantize(-scaled, grid, ~zeros, 8))
+
+
 def test_equal_scores_prune_the_first(emulated: ModuleType) -> None:
     w = torch.ones(5, 8)
     for m in (4, 8):
@@ -183,6 +220,15 @@ def test_scale_search(emulated: ModuleType, case: SearchCase, generator: torch.G
             case.steps, case.smallest,
         )  # fmt: skip
         assert_scale_search(case, w, importance, scales, zeros)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_of_equal_errors_the_first_wins(emulated: ModuleType, symmetric: bool, generator: torch.Generator) -> None:
+    w, importance = torch.randn(4, 64, generator=generator), torch.zeros(64)
+    scales, _ = run(emulated, "scale_search", w, importance, 32, 4, symmetric, 100, 0.5)
+    low, high = w.view(4, 2, 32).amin(2), w.view(4, 2, 32).amax(2)
+    wanted = 2 * torch.maximum(high, -low) if symmetric else high - low
+    torch.testing.assert_close(scales, wanted / 15)
 
 
 def test_too_many_steps_are_refused() -> None:
