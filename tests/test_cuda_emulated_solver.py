@@ -168,14 +168,15 @@ def near_middles() -> list[tuple[float, float]]:
     for doubled in range(1, 512, 2):
         e = doubled.bit_length() - 2
         below = ((doubled << (23 - e)) - 1, e) if doubled > 1 else ((1 << 25) - 1, -2)
-        for m, e in (((doubled << (23 - e)) + 1, e), below):
+        above = ((doubled << (23 - e)) + 1, e)
+        for m, exponent in (above, below):
             for k in (24, 25):
                 inverse = pow(m, -1, 1 << k)
                 for d in range(-8, 9):
                     s = d * inverse % (1 << k)
                     x, off = divmod(m * s - d, 1 << k)
                     if 1 << 23 <= s < 1 << 24 and 1 << 23 <= x < 1 << 24 and not off:
-                        found.append((float(x) * 2.0 ** (k + e - 24), float(s)))
+                        found.append((float(x) * 2.0 ** (k + exponent - 24), float(s)))
     return found
 
 
