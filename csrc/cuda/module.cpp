@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 
 #include "cuda/bitmask_linear/bitmask_linear.h"
+#include "cuda/gptq_block/gptq_block.h"
 #include "cuda/int4_linear/int4_linear.h"
 #include "cuda/int8_dynamic_linear/int8_dynamic_linear.h"
 #include "cuda/int8_linear/int8_linear.h"
+#include "cuda/scale_search/scale_search.h"
 #include "cuda/sparse24_int4_linear/sparse24_int4_linear.h"
 #include "cuda/sparse24_linear/sparse24_linear.h"
+#include "cuda/sparsegpt_block/sparsegpt_block.h"
 
 namespace py = pybind11;
 
@@ -61,6 +64,35 @@ MaskArgs mask_args(LinearArgs linear, Address values, int values_dtype, Address 
             at<void>(scales), DType(scales_dtype), group_size};
 }
 
+void def_columns(py::module_& op, const char* kernel, void (*run)(const ColumnArgs&, const ColumnPlan&, void*)) {
+    op.def(
+        kernel,
+        [run](Address w, Address wc, Address v, Address diagonal, Address mask, int prune_n, int prune_m,
+              Address scales, Address zeros, Address group, Address q, Address keep, int64_t n, int b, int64_t groups,
+              int bits, int lanes, int rows, int warps, Address stream) {
+            ColumnArgs args{};
+            args.w = at<float>(w), args.wc = at<float>(wc), args.v = at<float>(v);
+            args.diagonal = at<float>(diagonal), args.mask = at<uint8_t>(mask);
+            args.prune_n = prune_n, args.prune_m = mask ? 0 : prune_m;
+            args.scales = at<float>(scales), args.zeros = at<int8_t>(zeros), args.group = at<int32_t>(group);
+            args.q = at<float>(q), args.keep = at<uint8_t>(keep), args.n = n, args.b = b, args.groups = groups;
+            args.bits = bits;
+            run(args, ColumnPlan{lanes, rows, warps}, at<void>(stream));
+        },
+        NoGil());
+}
+
+void def_scale_search(py::module_& op, const char* kernel, void (*run)(const ScaleSearchArgs&)) {
+    op.def(
+        kernel,
+        [run](Address w, Address importance, Address scales, Address zeros, int64_t n, int64_t k, int64_t group_size,
+              int bits, bool symmetric, int steps, double smallest, int blocks, Address stream) {
+            run({at<float>(w), at<float>(importance), at<float>(scales), at<int8_t>(zeros), n, k, group_size, bits,
+                 symmetric, steps, smallest, blocks, at<void>(stream)});
+        },
+        NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -100,6 +132,21 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     py::module_ bitmask_linear_module = m.def_submodule("bitmask_linear");
 #define LLMKERN_KERNEL(kernel) def_linear(bitmask_linear_module, #kernel, kernels::kernel::bitmask_linear, mask_args);
 #include "cuda/bitmask_linear/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ gptq_block_module = m.def_submodule("gptq_block");
+#define LLMKERN_KERNEL(kernel) def_columns(gptq_block_module, #kernel, kernels::kernel::gptq_block);
+#include "cuda/gptq_block/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ sparsegpt_block_module = m.def_submodule("sparsegpt_block");
+#define LLMKERN_KERNEL(kernel) def_columns(sparsegpt_block_module, #kernel, kernels::kernel::sparsegpt_block);
+#include "cuda/sparsegpt_block/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ scale_search_module = m.def_submodule("scale_search");
+#define LLMKERN_KERNEL(kernel) def_scale_search(scale_search_module, #kernel, kernels::kernel::scale_search);
+#include "cuda/scale_search/kernels.def"
 #undef LLMKERN_KERNEL
 }
 

@@ -1,8 +1,8 @@
-"""Dense fp32 products by oneDNN: what calibration and the solvers spend their time in.
+"""Dense fp32 products, by oneDNN on a CPU: what calibration and the solvers spend their time in.
 
 torch's own path for fp32 on CPU is MKL, which reached 210 GFLOP/s where oneDNN reached 480 (2 cores of an AMD EPYC with
 AVX-512; [576, 1536] @ [1536, 128] and larger). The result is fp32 either way. Where torch was built without oneDNN,
-torch's own product runs.
+torch's own product runs. On a GPU the products are torch's, in fp32 whatever the user allows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,56 @@ def _onednn() -> torch._ops.OpOverloadPacket | None:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] @ b [K, M], fp32, without gradients; a new tensor."""
+    if a.is_cuda:
+        with full_fp32():
+            return a @ b
     op = _onednn()
     if op is None or not _fits(a, b) or a.shape[0] * a.shape[1] * b.shape[1] < WORTH:
         return a @ b
     # oneDNN has no fast path for a matrix that is a part of a wider one.
     weight = b.T if b.is_contiguous() or b.T.is_contiguous() else b.contiguous().T
     return op(a.contiguous(), weight, None, "none", [], "")
+
+
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, K] @ b [K, M] of bf16 or fp16 on a GPU, summed in fp32; fp32.
+
+    A product of two of these is exact in fp32, so only the sums round, as if both were fp32.
+    """
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether looking at a value of x waits for nothing that was asked for before."""
+    return x.device.type == "cpu"
+
+
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Inside, a GPU multiplies fp32 as fp32: no TF32, whatever the user has set. The setting comes back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    # torch has two names for this, refuses to read the older ones after the newer was set, and wants each set back.
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = ""
+    if older:
+        matmul.allow_tf32 = False
+    else:
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if older == "medium":
+            torch.set_float32_matmul_precision(older)
+        elif older:
+            matmul.allow_tf32 = True
+        else:
+            matmul.fp32_precision = before
 
 
 def squared(x: Tensor) -> Tensor:

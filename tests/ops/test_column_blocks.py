@@ -51,13 +51,17 @@ def test_gptq_block(op: str, row: str, case: BlockCase, generator: torch.Generat
     t = case.tensors(generator)
     del t["diagonal"]
     before = {name: tensor.clone() for name, tensor in t.items() if tensor is not None}
-    q = run(op, row, t, case.bits)
+    assert_gptq_block(case, t, run(op, row, t, case.bits))
+    assert all(torch.equal(t[name], tensor) for name, tensor in before.items()), "an input was changed"
+
+
+def assert_gptq_block(case: BlockCase, t: dict[str, Tensor], q: Tensor) -> None:
+    """The values q of a case are by the rules."""
     assert q.dtype == torch.float32
     assert q.shape == (case.n, case.b)
     keep = torch.ones_like(q, dtype=torch.bool) if t["mask"] is None else t["mask"]
     assert (q[~keep] == 0).all()
     assert_nearest(t, q, case.bits, keep, compensated(t, q))
-    assert all(torch.equal(t[name], tensor) for name, tensor in before.items()), "an input was changed"
 
 
 @pytest.mark.of_ops("sparsegpt_block")
@@ -67,6 +71,11 @@ def test_sparsegpt_block(op: str, row: str, case: BlockCase, generator: torch.Ge
     args = (t["w"], t["wc"], t["v"], t["diagonal"], t["mask"], *case.prune, t["scales"], t["zeros"], t["groups"])
     with llmkern.force(row):
         q, keep = OPS[op](*args, case.bits)
+    assert_sparsegpt_block(case, t, q, keep)
+
+
+def assert_sparsegpt_block(case: BlockCase, t: dict[str, Tensor], q: Tensor, keep: Tensor) -> None:
+    """The values q and the mask of a case are by the rules."""
     assert keep.dtype == torch.bool
     assert q.shape == keep.shape == (case.n, case.b)
     assert (q[~keep] == 0).all()
@@ -136,6 +145,11 @@ def test_scale_search(op: str, row: str, case: SearchCase, generator: torch.Gene
         scales, zeros = OPS[op](
             w, importance, case.group_size, case.bits, case.symmetric, case.steps, case.smallest
         )  # fmt: skip
+    assert_scale_search(case, w, importance, scales, zeros)
+
+
+def assert_scale_search(case: SearchCase, w: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    """The scales and zeros of a case are the best of the candidates."""
     n_groups = -(-case.k // case.group_size)
     assert scales.shape == zeros.shape == (case.n, n_groups)
     assert (scales.dtype, zeros.dtype) == (torch.float32, torch.int8)

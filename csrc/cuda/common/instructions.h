@@ -21,6 +21,9 @@ struct alignas(8) Words2 {
 struct alignas(16) Words4 {
     uint32_t w[4];
 };
+struct alignas(16) Floats4 {
+    float f[4];
+};
 
 LLMKERN_DEVICE int thread() { return threadIdx.x; }
 LLMKERN_DEVICE int block_x() { return blockIdx.x; }
@@ -217,6 +220,23 @@ LLMKERN_DEVICE float to_float<F16>(uint16_t value) {
 LLMKERN_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 LLMKERN_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 LLMKERN_DEVICE int round_to_int(float value) { return __float2int_rn(value); }
+
+// Single roundings, to nearest, ties to even, which the compiler neither fuses nor splits.
+LLMKERN_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+LLMKERN_DEVICE float subtract(float a, float b) { return __fsub_rn(a, b); }
+LLMKERN_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+LLMKERN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+LLMKERN_DEVICE float round_even(float value) { return rintf(value); }
+// Of a NaN and a number, the number.
+LLMKERN_DEVICE float minimum(float a, float b) { return fminf(a, b); }
+LLMKERN_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+// The value, computed here: the compiler may not put it off into a loop that comes later.
+LLMKERN_DEVICE float settle(float value) {
+    asm volatile("" : "+f"(value));
+    return value;
+}
+LLMKERN_DEVICE float absolute(float value) { return fabsf(value); }
+LLMKERN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // d += a b: a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4, c = lane % 4: a[0] and a[2] are row g, columns 2c and
 // 2c + 8; a[1] and a[3] row g + 8; b[0] and b[1] rows 2c and 2c + 8 of column g; d[0..1] row g, columns 2c, 2c + 1;

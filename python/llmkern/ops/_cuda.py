@@ -17,14 +17,8 @@ from llmkern._registry import Op
 from llmkern.ops._linear import DTYPE_CODES
 
 HALVES = (torch.bfloat16, torch.float16)
-ORDER = ("wgmma", "mma", "stream", "mma_int8", "stream_int8")  # of the rows; which of them runs, `best` says
-OLDEST = {
-    "stream": (8, 0),
-    "mma": (8, 0),
-    "wgmma": (9, 0),
-    "stream_int8": (8, 0),
-    "mma_int8": (8, 0),
-}  # compute capability
+ORDER = ("wgmma", "mma", "stream", "mma_int8", "stream_int8", "block")  # of the rows; which of them runs, `best` says
+OLDEST = dict.fromkeys(ORDER, (8, 0)) | {"wgmma": (9, 0)}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
 
@@ -224,15 +218,13 @@ def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:
 
 
 def add_rows(
-    op: Op,
-    call: Callable[..., Tensor],
-    rejects: Callable[..., str | None],
-    yields: Callable[..., str | None] | None = None,
-) -> None:
+    op: Op, call: Callable[..., Any], rejects: Callable[..., str | None] | None = None,
+    yields: Callable[..., str | None] | None = None, *, dtypes: tuple[torch.dtype, ...] = HALVES,
+) -> None:  # fmt: skip
     """One row per CUDA kernel of this op that is built.
 
     `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first, and
-    `yields(kernel, gpu, x, ...)` whether a later row is faster.
+    `yields(kernel, gpu, x, ...)` whether a later row is faster. dtypes: those of x that its kernels take.
     """
     if _features.cuda is None:
         op.kernel("cuda.native", "cuda", reason=_features.cuda_error)(call)
@@ -241,25 +233,35 @@ def add_rows(
     for kernel in ORDER:
         if function := getattr(built, kernel, None):
             op.kernel(
-                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel), rejects=partial(_rejects, rejects, kernel),
+                f"cuda.{kernel}", "cuda", lacking=partial(lacking, kernel),
+                rejects=partial(_rejects, rejects, dtypes, kernel),
                 yields=partial(_yields, yields, kernel) if yields else None,
             )(partial(_run, call, kernel, function))  # fmt: skip
 
 
-def _rejects(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
+def _rejects(
+    more: Callable[..., str | None] | None, dtypes: tuple[torch.dtype, ...], kernel: str, x: Tensor, *args: Any
+) -> str | None:
     if reason := _refused(kernel, device_of(x)):
         return reason
-    if x.dtype not in HALVES:
-        return f"needs bfloat16 or float16 x, got {x.dtype}"
-    return more(kernel, x, *args)
+    if x.dtype not in dtypes:
+        return f"needs {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} x, got {x.dtype}"
+    return more(kernel, x, *args) if more else None
 
 
 def _yields(more: Callable[..., str | None], kernel: str, x: Tensor, *args: Any) -> str | None:
     return more(kernel, device_of(x), x, *args)
 
 
-def _run(call: Callable[..., Tensor], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Tensor:
+def _run(call: Callable[..., Any], kernel: str, function: Callable[..., None], x: Tensor, *args: Any) -> Any:
     return call(kernel, function, device_of(x), x, *args)
+
+
+def call(function: Callable[..., None], on: Tensor, *args: Any) -> None:
+    """`function(*args, stream)` with the current stream of the device that `on` is on."""
+    stream = torch.cuda.current_stream(on.device).cuda_stream if on.is_cuda else 0
+    with torch.cuda.device_of(on):  # launches go to the current device; nothing to do for an emulated one
+        function(*args, stream)
 
 
 def cuda_call(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern._dense import on_host
 from llmkern.formats import _base
 from llmkern.ops.sparsegpt_block import MAX_M
 from llmkern.solvers.hessian import Hessian
@@ -84,7 +85,7 @@ def check_passes(name: str, descent: int) -> None:
 def live(weight: Tensor, hessian: Hessian) -> Tensor:
     """weight [N, K] with 0 in the columns of dead features; the weight itself if there are none."""
     dead = hessian.dead()
-    return weight.masked_fill(dead, 0) if dead.any() else weight
+    return weight if on_host(dead) and not dead.any() else weight.masked_fill(dead, 0)
 
 
 def check_choice(name: str, argument: str, value: object, choices: tuple) -> None:

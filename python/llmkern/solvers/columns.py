@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import product, squared
+from llmkern._dense import on_host, product, squared
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
@@ -111,7 +111,7 @@ def _block_energy(moved: Tensor, wc: Tensor, before: Tensor, unit: Tensor, diago
 def undamped(energy: Tensor, difference: Tensor, factor: Factor) -> float:
     """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
     without = energy - factor.added * squared(difference)
-    return float(without if without > CANCELLED * energy else torch.nan)
+    return float(torch.where(without > CANCELLED * energy, without, torch.nan))
 
 
 def sparsegpt_columns(
@@ -160,10 +160,11 @@ def keep_all_but(score: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
     flat = score.flatten()
-    if score.device.type == "cpu":  # NumPy's partition is vectorized, torch's kthvalue is not
-        threshold = float(np.partition(flat.numpy(), count - 1)[count - 1])
-    else:
-        threshold = float(flat.kthvalue(count).values)
+    if not on_host(score):  # a sort costs more than a threshold, but nobody waits for it
+        keep = torch.ones_like(flat, dtype=torch.bool)
+        return keep.scatter_(0, flat.argsort(stable=True)[:count], False).view(score.shape)
+    # NumPy's partition is vectorized, torch's kthvalue is not.
+    threshold = float(np.partition(flat.numpy(), count - 1)[count - 1])
     keep = score > threshold
     if more := score.numel() - count - int(keep.sum()):
         equal = (flat == threshold).nonzero().flatten()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import product
+from llmkern._dense import full_fp32, half_product, on_host, product
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
-# a GEMM to run at full speed.
+# a GEMM to run at full speed on a CPU. On a GPU `add` takes four at a time.
 BLOCK = 256
 MAX_DAMP = 1.0
 
@@ -46,6 +46,7 @@ class Hessian:
         self.tokens = 0
         self._sum = torch.zeros(k, k, device=device)
         self._whole = True  # False while blocks below the diagonal are out of date
+        self._checked = True  # False while nobody has looked whether the sum is finite
         self._factors: dict[tuple[str | None, float], Factor] = {}
         self._spectra: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -76,22 +77,31 @@ class Hessian:
         return self._sum.device
 
     def add(self, x: Tensor) -> Hessian:
-        """Add the tokens of x [..., K], any float dtype. ValueError for another K, or a NaN or infinity in x."""
+        """Add the tokens of x [..., K], any float dtype. ValueError for another K, or a NaN or infinity in x.
+
+        On a GPU, where looking at values waits for it, a NaN or infinity is found when the sum is first used.
+        """
         if x.ndim == 0 or x.shape[-1] != self.k:
             raise ValueError(f"Hessian.add: x must be [..., K={self.k}], got {list(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"Hessian.add: x must be a float tensor, got {x.dtype}")
         if x.device != self.device:
             raise ValueError(f"Hessian.add: x is on {x.device}, but the Hessian is on {self.device}")
-        rows = x.detach().reshape(-1, self.k).float()
-        # A NaN or infinity anywhere shows in its column's energy, and so does a square beyond fp32.
-        bad = ~torch.isfinite(rows.square().sum(0))
-        if bad.any():
-            raise ValueError(f"Hessian.add: x has non-finite values (or squares) in feature {int(bad.nonzero()[0])}")
+        rows = x.detach().reshape(-1, self.k)
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+            multiply = half_product
+        else:
+            rows, multiply = rows.float(), product
+        width = BLOCK
+        if on_host(rows):
+            # A NaN or infinity anywhere shows in its column's energy, and so does a square beyond fp32.
+            _refuse_unless_finite("Hessian.add: x has", rows.square().sum(0))
+        else:
+            width, self._checked = 4 * BLOCK, False
         columns = rows.T.contiguous()
-        for start in range(0, self.k, BLOCK):
-            at = slice(start, start + BLOCK)
-            self._sum[at, start:] += product(columns[at], columns[start:].T)
+        for start in range(0, self.k, width):
+            at = slice(start, start + width)
+            self._sum[at, start:] += multiply(columns[at], columns[start:].T)
         self.tokens += len(rows)
         self._changed()
         return self
@@ -101,6 +111,7 @@ class Hessian:
         if other.k != self.k:
             raise ValueError(f"Hessian.merge: K differs: {self.k} and {other.k}")
         self._sum += other._sum.to(self.device)
+        self._checked = self._checked and other._checked
         self.tokens += other.tokens
         self._changed()
         return self
@@ -121,6 +132,9 @@ class Hessian:
                 stop = start + BLOCK
                 self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
             self._whole = True
+        if not self._checked:
+            _refuse_unless_finite("Hessian: what was added has", self._sum.diagonal())
+            self._checked = True
         return self._sum
 
     def dead(self) -> Tensor:
@@ -137,7 +151,7 @@ class Hessian:
     def mean_diagonal(self) -> float:
         """Mean of diag(raw) over the features that are not dead; 0 if all are."""
         diagonal = self.raw().diagonal()
-        return float(diagonal.double().sum() / max(int((diagonal != 0).sum()), 1))
+        return float(diagonal.double().sum() / (diagonal != 0).sum().clamp(min=1))
 
     def factor(self, order: str | None, damp: float) -> Factor:
         """The Cholesky factor in natural order (None) or in that of falling diag(H) ("activation").
@@ -157,7 +171,8 @@ class Hessian:
         if damp not in self._spectra:
             damped = self.damped(damp)
             scale = damped.diagonal().sqrt()
-            energies, basis = torch.linalg.eigh(damped / scale / scale.unsqueeze(1))
+            with full_fp32():
+                energies, basis = torch.linalg.eigh(damped / scale / scale.unsqueeze(1))
             self._spectra[damp] = (scale, energies.clamp_(min=0), basis)
         return self._spectra[damp]
 
@@ -198,17 +213,43 @@ class Hessian:
         )
 
 
-def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """V upper triangular with V Vᵀ = matrix[places][:, places], from its last column to its first; None if none.
+def _refuse_unless_finite(what: str, energies: Tensor) -> None:
+    bad = ~torch.isfinite(energies)
+    if bad.any():
+        raise ValueError(f"{what} non-finite values (or squares) in feature {int(bad.nonzero()[0])}")
 
-    LAPACK gives Lᵀ L of the reversed matrix or L Lᵀ of this one, so blocks of columns go right to left: the diagonal
-    block by a small reversed Cholesky, what is above it by a triangular solve, and one GEMM takes out the blocks to
-    the right. A pivot within rounding of zero counts as none: what it would divide is noise.
+
+def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """V upper triangular with V Vᵀ = matrix[places][:, places]; None if none.
+
+    A pivot within rounding of zero counts as none: what it would divide is noise.
     """
     if places is not None:
         # The matrix is symmetric: twice a gather of rows, which are contiguous, and a transpose.
         matrix = matrix.index_select(0, places).T.contiguous().index_select(0, places)
     matrix = matrix.to(dtype)
+    return _upper_by_blocks(matrix) if on_host(matrix) else _upper_at_once(matrix)
+
+
+def _upper_at_once(matrix: Tensor) -> Tensor | None:
+    """The Cholesky factor of the reversed matrix, reversed back. The one thing to wait for is whether there is one."""
+    with full_fp32():
+        lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    upper = lower.flip(0, 1)
+    return None if bool((info != 0) | _near_zero(upper.diagonal(), matrix.diagonal())) else upper
+
+
+def _near_zero(pivots: Tensor, diagonal: Tensor) -> Tensor:
+    return (pivots.square() <= torch.finfo(pivots.dtype).eps * diagonal).any()
+
+
+def _upper_by_blocks(matrix: Tensor) -> Tensor | None:
+    """The same from the last column to the first, with most of the work in oneDNN's products.
+
+    LAPACK gives Lᵀ L of the reversed matrix or L Lᵀ of this one, so blocks of columns go right to left: the diagonal
+    block by a small reversed Cholesky, what is above it by a triangular solve, and one GEMM takes out the blocks to
+    the right.
+    """
     k = len(matrix)
     upper = torch.zeros_like(matrix)
     for start in range((k - 1) // BLOCK * BLOCK, -1, -BLOCK):
@@ -219,13 +260,12 @@ def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> 
             rest = rest - product(upper[:stop, stop:], upper[at, stop:].T)
         lower, info = torch.linalg.cholesky_ex(rest[start:].flip(0, 1))
         corner = lower.flip(0, 1)
-        pivots = corner.diagonal()
-        if int(info) or bool((pivots.square() <= torch.finfo(dtype).eps * matrix.diagonal()[at]).any()):
+        if int(info) or bool(_near_zero(corner.diagonal(), matrix.diagonal()[at])):
             return None
         upper[at, at] = corner
         if start:
             # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
-            eye = torch.eye(stop - start, dtype=dtype, device=matrix.device)
+            eye = torch.eye(stop - start, dtype=matrix.dtype)
             inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
             upper[:start, at] = product(rest[:start], inverse.T)
     return upper

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from llmkern._registry import Op
-from llmkern.ops import _triton
+from llmkern.ops import _cuda, _triton
+from llmkern.ops._columns import run_columns
 from llmkern.ops._linear import pointer
 from llmkern.ops.gptq_block.reference import reference
 
@@ -82,6 +83,14 @@ def native(
     return q
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, w: Tensor, wc: Tensor, v: Tensor, scales: Tensor, zeros: Any,
+    groups: Tensor, mask: Any, bits: int,
+) -> Tensor:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/gptq_block."""
+    return run_columns(function, gpu, w, wc, v, None, mask, 0, 0, scales, zeros, groups, bits, keep=False)[0]
+
+
 OP: Op = Op(
     "gptq_block(Tensor w, Tensor wc, Tensor v, Tensor scales, Tensor? zeros, Tensor groups, Tensor? mask, int bits) "
     "-> Tensor",
@@ -89,5 +98,6 @@ OP: Op = Op(
     fake=lambda checked, w, *rest: torch.empty_like(w),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, dtypes=(torch.float32,))
 _triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

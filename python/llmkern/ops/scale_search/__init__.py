@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from llmkern._registry import Op
-from llmkern.ops import _triton
+from llmkern.ops import _cuda, _triton
 from llmkern.ops._linear import check_group_size, groups
 from llmkern.ops.scale_search.reference import reference
+
+MAX_STEPS = 8192  # csrc/cuda/scale_search
 
 
 def check(
@@ -49,6 +51,32 @@ def native(
     return scales, zeros
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, w: Tensor, importance: Tensor, group_size: int, bits: int,
+    symmetric: bool, steps: int, smallest: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/scale_search."""
+    n, k = w.shape
+    g = groups(k, group_size)
+    scales, zeros = w.new_empty((n, g)), w.new_empty((n, g), dtype=torch.int8)
+    if n:
+        # Blocks of 8 warps: as many as fit, which then go over the groups.
+        blocks = min(-(-n * g // 8), 4 * gpu.multiprocessors)
+        _cuda.call(
+            function, w, w.data_ptr(), importance.data_ptr(), scales.data_ptr(), zeros.data_ptr(),
+            n, k, group_size, bits, symmetric, steps, smallest, blocks,
+        )  # fmt: skip
+    return scales, zeros
+
+
+def cuda_rejects(
+    kernel: str, w: Tensor, importance: Tensor, group_size: int, bits: int, symmetric: bool, steps: int,
+    smallest: float,
+) -> str | None:  # fmt: skip
+    """Why a CUDA kernel cannot run on these arguments."""
+    return None if steps <= MAX_STEPS else f"tries at most {MAX_STEPS} clip ratios, got steps={steps}"
+
+
 OP: Op = Op(
     "scale_search(Tensor w, Tensor importance, int group_size, int bits, bool symmetric, int steps, float smallest) "
     "-> (Tensor, Tensor)",
@@ -56,5 +84,6 @@ OP: Op = Op(
     fake=lambda g, w, *rest: (w.new_empty((w.shape[0], g)), w.new_empty((w.shape[0], g), dtype=torch.int8)),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, cuda_rejects, dtypes=(torch.float32,))
 _triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmkern._registry import Op
-from llmkern.ops import _triton
+from llmkern.ops import _cuda, _triton
+from llmkern.ops._columns import run_columns
 from llmkern.ops._linear import pointer
 from llmkern.ops.gptq_block import check_block, check_grid, check_mask
 from llmkern.ops.sparsegpt_block.reference import reference
@@ -59,6 +60,16 @@ def native(
     return q, keep
 
 
+def cuda(
+    kernel: str, function: Any, gpu: _cuda.Gpu, w: Tensor, wc: Tensor, v: Tensor, diagonal: Tensor, mask: Any,
+    prune_n: int, prune_m: int, scales: Any, zeros: Any, groups: Any, bits: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Sizes and pointers for csrc/cuda/sparsegpt_block."""
+    return run_columns(
+        function, gpu, w, wc, v, diagonal, mask, prune_n, prune_m, scales, zeros, groups, bits, keep=True
+    )  # fmt: skip
+
+
 OP: Op = Op(
     "sparsegpt_block(Tensor w, Tensor wc, Tensor v, Tensor diagonal, Tensor? mask, int prune_n, int prune_m, "
     "Tensor? scales, Tensor? zeros, Tensor? groups, int bits) -> (Tensor, Tensor)",
@@ -66,5 +77,6 @@ OP: Op = Op(
     fake=lambda checked, w, *rest: (torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)),
 )
 OP.native(native)
+_cuda.add_rows(OP, cuda, dtypes=(torch.float32,))
 _triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

@@ -32,6 +32,9 @@ struct alignas(8) Words2 {
 struct alignas(16) Words4 {
     uint32_t w[4];
 };
+struct alignas(16) Floats4 {
+    float f[4];
+};
 
 inline int thread() { return machine.current->thread; }
 inline int block_x() { return machine.current->block->index.x; }
@@ -236,6 +239,26 @@ inline float bits_float(uint32_t bits) {
 }
 
 inline int round_to_int(float value) { return int(std::nearbyint(value)); }
+
+// Through volatile, so that no compiler fuses what must be rounded twice.
+inline float rounded(float value) {
+    const volatile float stored = value;
+    return stored;
+}
+inline float multiply(float a, float b) { return rounded(a * b); }
+inline float subtract(float a, float b) { return rounded(a - b); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float divide(float a, float b) { return a / b; }
+inline float round_even(float value) { return std::nearbyint(value); }
+inline float minimum(float a, float b) { return std::fmin(a, b); }
+inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline float settle(float value) { return value; }
+inline float absolute(float value) { return std::fabs(value); }
+inline float as_float(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
 
 // What all lanes bring to a product, and where each wants its part of the sum.
 template <class D>

@@ -1,0 +1,8 @@
+#include "cuda/columns/launch_columns.h"
+
+namespace llmkern::cuda {
+
+template void launch_columns<Prune::GIVEN, false>(const char*, ColumnArgs, const ColumnPlan&, void*);
+template void launch_columns<Prune::GIVEN, true>(const char*, ColumnArgs, const ColumnPlan&, void*);
+
+}  // namespace llmkern::cuda
