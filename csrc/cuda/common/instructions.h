@@ -218,7 +218,6 @@ LLMKERN_DEVICE float to_float<F16>(uint16_t value) {
 }
 
 LLMKERN_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
-LLMKERN_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 LLMKERN_DEVICE int round_to_int(float value) { return __float2int_rn(value); }
 
 // Single roundings, to nearest, ties to even, which the compiler neither fuses nor splits.
@@ -236,7 +235,6 @@ LLMKERN_DEVICE float settle(float value) {
     return value;
 }
 LLMKERN_DEVICE float absolute(float value) { return fabsf(value); }
-LLMKERN_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // d += a b: a [16, 16], b [16, 8], d [16, 8]. With g = lane / 4, c = lane % 4: a[0] and a[2] are row g, columns 2c and
 // 2c + 8; a[1] and a[3] row g + 8; b[0] and b[1] rows 2c and 2c + 8 of column g; d[0..1] row g, columns 2c, 2c + 1;

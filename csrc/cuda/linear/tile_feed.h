@@ -44,7 +44,7 @@ LLMKERN_DEVICE float power_of_two(float scale) {
     if (!std::is_same_v<T, F16>) return 1;
     const uint32_t exponent = float_bits(scale) & 0x7f800000;
     const bool usable = exponent > 0x08000000 && exponent < 0x76000000;  // its inverse is a normal number too
-    return usable ? bits_float(exponent) * 16 : 1;                       // codes of 8 bits leave 2^12 either way
+    return usable ? as_float(exponent) * 16 : 1;                       // codes of 8 bits leave 2^12 either way
 }
 
 // What a row's sums are multiplied with in the end.

@@ -72,4 +72,5 @@ OP = linear_op(
 )
 OP.native(native)
 _cuda.add_rows(OP, cuda, cuda_rejects, cuda_yields)
+_triton.add_row(OP)
 OP.kernel("reference", "any")(reference)

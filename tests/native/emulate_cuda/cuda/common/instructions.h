@@ -232,11 +232,6 @@ inline uint32_t float_bits(float value) {
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
 }
-inline float bits_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 inline int round_to_int(float value) { return int(std::nearbyint(value)); }
 
@@ -254,11 +249,6 @@ inline float minimum(float a, float b) { return std::fmin(a, b); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float settle(float value) { return value; }
 inline float absolute(float value) { return std::fabs(value); }
-inline float as_float(uint32_t bits) {
-    float f;
-    std::memcpy(&f, &bits, sizeof f);
-    return f;
-}
 
 // What all lanes bring to a product, and where each wants its part of the sum.
 template <class D>
