@@ -58,8 +58,8 @@ struct KeptInt8 {
             } else {
                 // bf16 has room for seven bits: (128 + code % 128) - (128 or 256).
                 const uint32_t pair = permute(word, word, i % 2 ? 0x3322 : 0x1100);
-                pairs[i] = fma2<T>((pair & 0x00800080) | Magic<T>::PAIR, Magic<T>::MINUS_ONE,
-                                   (pair & 0x007f007f) | Magic<T>::PAIR);
+                pairs[i] = fma2<T>(mask_or(pair, 0x00800080, Magic<T>::PAIR), Magic<T>::MINUS_ONE,
+                                   mask_or(pair, 0x007f007f, Magic<T>::PAIR));
             }
         }
     }
@@ -73,11 +73,11 @@ struct KeptInt4 {
     static LLMKERN_DEVICE void decode(const uint32_t* words, uint32_t (&pairs)[PART_PAIRS]) {
         // Byte i holds a quad's pair: its lower nibble comes from the word, its upper one from the word moved by 4.
         constexpr uint32_t BYTE[PART_PAIRS] = {0x4400, 0x5511, 0x6622, 0x7733};
-        constexpr float OFFSET = -(Magic<T>::VALUE + 8);
+        constexpr uint32_t OFFSET = uint32_t(Magic<T>::NEGATIVE + 8) * 0x00010001;
 #pragma unroll
         for (int i = 0; i < PART_PAIRS; i++) {
             const uint32_t pair = permute(words[0], words[0] >> 4, BYTE[i]);
-            pairs[i] = fma2<T>((pair & 0x000f000f) | Magic<T>::PAIR, Magic<T>::ONE, pack2<T>(OFFSET, OFFSET));
+            pairs[i] = fma2<T>(mask_or(pair, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, OFFSET);
         }
     }
 };
