@@ -204,6 +204,9 @@ def test_gptq_block_refuses(generator: torch.Generator) -> None:
         bad("gptq_block", replaced(args, at, args[at].T.contiguous().T), ValueError, f"{name} must be a contiguous")
         if at:
             bad("gptq_block", replaced(args, at, args[at].to("meta")), ValueError, f"{name} is on meta")
+    for at, name in ((3, "scales"), (4, "zeros"), (5, "groups"), (6, "mask")):
+        there = torch.ones(17, 128, dtype=torch.bool) if name == "mask" else args[at]
+        bad("gptq_block", replaced(args, at, there.to("meta")), ValueError, f"{name} is on meta, but w is on cpu")
     bad("gptq_block", replaced(args, 1, args[1][:, :-1].contiguous()), ValueError, r"w is \[N=17, B=128\]")
     bad("gptq_block", replaced(args, 3, args[3][:-1]), ValueError, r"scales must be .*\[N=17, G\]")
     bad("gptq_block", replaced(args, 4, args[4].int()), ValueError, "zeros must be contiguous int8")
@@ -220,6 +223,7 @@ def test_sparsegpt_block_refuses(generator: torch.Generator) -> None:
     for n, m in ((5, 4), (-1, 4), (1, 0), (2, 7), (1, 128)):
         bad("sparsegpt_block", [*args[:5], n, m, *args[7:]], ValueError, f"B=40, got n={n}, m={m}")
     bad("sparsegpt_block", replaced(args, 3, t["diagonal"][1:]), ValueError, r"diagonal must be .*\[B=40\]")
+    bad("sparsegpt_block", replaced(args, 3, t["diagonal"].to("meta")), ValueError, "diagonal is on meta")
     bad("sparsegpt_block", replaced(args, 10, 4), ValueError, "bits=4 needs scales and groups")
 
 
@@ -227,6 +231,7 @@ def test_scale_search_refuses() -> None:
     args = [torch.ones(3, 8), torch.ones(8), 4, 4, True, 10, 0.5]
     bad("scale_search", replaced(args, 0, torch.ones(3, 8).double()), ValueError, "w must be contiguous float32")
     bad("scale_search", replaced(args, 1, torch.ones(9)), ValueError, r"importance must be float32 \[K=8\]")
+    bad("scale_search", replaced(args, 1, torch.ones(8, device="meta")), ValueError, "importance is on meta")
     for size in (0, -1, 9):
         bad("scale_search", replaced(args, 2, size), ValueError, rf"group_size must be in \[1, K=8\], got {size}")
     bad("scale_search", replaced(args, 3, 9), ValueError, "bits must be in 2..8, got 9")

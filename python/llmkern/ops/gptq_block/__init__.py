@@ -40,16 +40,23 @@ def check_block(name: str, w: Tensor, wc: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name}: {label} must be float32, got {tensor.dtype}")
         if tensor.ndim != 2 or not tensor.is_contiguous():
             raise ValueError(f"{name}: {label} must be a contiguous matrix, got {list(tensor.shape)}")
-        if tensor.device != w.device:
-            raise ValueError(f"{name}: {label} is on {tensor.device}, but w is on {w.device}")
+        check_devices(name, w, **{label: tensor})
     n, b = w.shape
     if wc.shape != w.shape or v.shape != (b, b):
         raise ValueError(f"{name}: w is [N={n}, B={b}], but wc is {list(wc.shape)} and v is {list(v.shape)}")
 
 
+def check_devices(name: str, w: Tensor, /, **tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on w's device: a kernel gets addresses."""
+    for label, tensor in tensors.items():
+        if tensor is not None and tensor.device != w.device:
+            raise ValueError(f"{name}: {label} is on {tensor.device}, but w is on {w.device}")
+
+
 def check_grid(name: str, w: Tensor, scales: Tensor, zeros: Tensor | None, groups: Tensor, bits: int) -> None:
     """Raise unless scales/zeros are [N, G], groups int32 [B], and bits in 2..8. Group values are the caller's."""
     n, b = w.shape
+    check_devices(name, w, scales=scales, zeros=zeros, groups=groups)
     if scales.dtype != torch.float32 or scales.ndim != 2 or scales.shape[0] != n or not scales.is_contiguous():
         raise ValueError(
             f"{name}: scales must be contiguous float32 [N={n}, G], got {scales.dtype} {list(scales.shape)}"
@@ -66,6 +73,7 @@ def check_grid(name: str, w: Tensor, scales: Tensor, zeros: Tensor | None, group
 
 def check_mask(name: str, w: Tensor, mask: Tensor | None) -> None:
     """Raise unless mask is None or contiguous bool [N, B]."""
+    check_devices(name, w, mask=mask)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != w.shape or not mask.is_contiguous()):
         raise ValueError(f"{name}: mask must be contiguous bool {list(w.shape)}, got {mask.dtype} {list(mask.shape)}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmkern._registry import Op
 from llmkern.ops import _cuda, _triton
 from llmkern.ops._linear import check_group_size, groups
+from llmkern.ops.gptq_block import check_devices
 from llmkern.ops.scale_search.reference import reference
 
 MAX_STEPS = 8192  # csrc/cuda/scale_search
@@ -28,6 +29,7 @@ def check(
     k = w.shape[1]
     if importance.dtype != torch.float32 or importance.shape != (k,) or not importance.is_contiguous():
         raise ValueError(f"{name}: importance must be float32 [K={k}], got {importance.dtype} {list(importance.shape)}")
+    check_devices(name, w, importance=importance)
     check_group_size(name, group_size, k)
     if not 2 <= bits <= 8:
         raise ValueError(f"{name}: bits must be in 2..8, got {bits}")

@@ -15,7 +15,7 @@ from llmkern._registry import Op
 from llmkern.ops import _cuda, _triton
 from llmkern.ops._columns import run_columns
 from llmkern.ops._linear import pointer
-from llmkern.ops.gptq_block import check_block, check_grid, check_mask
+from llmkern.ops.gptq_block import check_block, check_devices, check_grid, check_mask
 from llmkern.ops.sparsegpt_block.reference import reference
 
 MAX_M = 64  # the native kernels keep one n:m group per row on the stack
@@ -29,6 +29,7 @@ def check(
     name = "sparsegpt_block"
     check_block(name, w, wc, v)
     b = w.shape[1]
+    check_devices(name, w, diagonal=diagonal)
     if diagonal.dtype != torch.float32 or diagonal.shape != (b,) or not diagonal.is_contiguous():
         raise ValueError(
             f"{name}: diagonal must be contiguous float32 [B={b}], got {diagonal.dtype} {list(diagonal.shape)}"
