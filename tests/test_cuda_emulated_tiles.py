@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import mmap
 from types import ModuleType
 from typing import Any
 
@@ -113,6 +115,39 @@ def test_writes_nothing_but_y(emulated: ModuleType, op: str, kernel: str, genera
             group_size,
         )  # fmt: skip
         assert torch.equal(room, torch.cat([margin, y.flatten(), margin]))
+
+
+def before_a_wall(tensor: Tensor) -> Tensor:
+    """The same values at the end of mapped memory: a read of the byte after the last one ends the process."""
+    size = max(tensor.numel() * tensor.element_size(), 1)
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@by_kernel
+@by_op
+def test_reads_nothing_behind_its_tensors(
+    emulated: ModuleType, op: str, kernel: str, generator: torch.Generator
+) -> None:
+    module = importlib.import_module(f"llmkern.ops.{op}")
+    for n, k, group_size in ((3, 32, 32), (130, 96, 32), (129, 75, 64), (64, 136, None)):
+        case = LinearCase(op, n, k, group_size=group_size, scale_dtype=BF16, symmetric=False)
+        x = torch.randn((35, k), generator=generator).to(BF16)
+        args = [
+            before_a_wall(arg) if isinstance(arg, Tensor) else arg for arg in case.args(x, make_bias(case, generator))
+        ]
+        y = module.cuda(kernel, getattr(getattr(emulated, op), kernel), GPU, *args)
+        testing.assert_within(y, *expected(case, x, args[4]), f"{case}")
+
+
+@by_kernel
+@by_op
+def test_no_rows_of_x(emulated: ModuleType, op: str, kernel: str) -> None:
+    assert run(emulated, kernel, LinearCase(op, 5, 64), torch.zeros((2, 0, 64), dtype=BF16), None).shape == (2, 0, 5)
 
 
 @by_dtype

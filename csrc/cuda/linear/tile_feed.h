@@ -140,7 +140,8 @@ struct TileFeed {
         }
     }
 
-    // A thread copies the same unit of every THREADS / 8th row of x, so that all its rows have the same swizzle.
+    // A thread copies the same unit of every THREADS / 8th row of x, so that all its rows have the same swizzle. Where
+    // rows are aligned, a unit is whole or is not there.
     template <bool ALIGNED>
     LLMKERN_DEVICE void fill_x(uint8_t* tile, int column) const {
         constexpr int STEP = THREADS / 8;
@@ -151,13 +152,12 @@ struct TileFeed {
         uint8_t* const to = tile + swizzled(row, unit);
 #pragma unroll
         for (int i = 0; i < (TOKENS + STEP - 1) / STEP; i++) {
-            // What stands in rows that are not there stays in columns of the product that nobody stores.
-            if (row + i * STEP < tokens) {
-                if (ALIGNED)
-                    copy_async(to + i * STEP * TILE_ROW_BYTES, from, bytes);
-                else
-                    copy_now<uint16_t>(to + i * STEP * TILE_ROW_BYTES, from, bytes);
-            }
+            if (TOKENS % STEP && row + i * STEP >= TOKENS) break;
+            const bool here = row + i * STEP < tokens;
+            if (ALIGNED)
+                copy_async_if(here && bytes, to + i * STEP * TILE_ROW_BYTES, from);
+            else
+                copy_now<uint16_t>(to + i * STEP * TILE_ROW_BYTES, from, here ? bytes : 0);
             from += int64_t(STEP) * args.k;
         }
     }
@@ -173,13 +173,12 @@ struct TileFeed {
         uint8_t* const to = tile + code_unit(row, thread() % CODE_UNITS);
 #pragma unroll
         for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
-            const int here = row + i * STEP;
-            if (here < rows) {  // as above: the others' sums are not stored
-                if (ALIGNED)
-                    copy_async(to + i * STEP * PITCH, from, bytes);
-                else
-                    copy_now<typename Format::Piece>(to + i * STEP * PITCH, from, bytes);
-            }
+            if (ROWS % STEP && row + i * STEP >= ROWS) break;
+            const bool here = row + i * STEP < rows;
+            if (ALIGNED)
+                copy_async_if(here && bytes, to + i * STEP * PITCH, from);
+            else
+                copy_now<typename Format::Piece>(to + i * STEP * PITCH, from, here ? bytes : 0);
             from += int64_t(STEP) * args.row_bytes;
         }
     }

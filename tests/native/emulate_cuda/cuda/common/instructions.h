@@ -106,6 +106,7 @@ inline void copy_async(void* to, const void* from, int bytes) {
     if (thread() / emulated::LANES % 2) std::memcpy(std::exchange(copy.to, nullptr), copy.bytes, sizeof copy.bytes);
     machine.current->open.push_back(copy);
 }
+inline void copy_async_if(bool there, void* to, const void* from) { copy_async(to, from, there ? 16 : 0); }
 inline void copy_async_commit() {
     auto& fiber = *machine.current;
     fiber.groups.push_back(std::move(fiber.open));
