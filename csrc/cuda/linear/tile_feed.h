@@ -39,12 +39,14 @@ struct TileArgs {
 
 constexpr int TILE_COLUMNS = 64;
 
+// What a row's scales are divided by, from its first one. fp16 then has 2^10 to spare on either side; at least 2^-12,
+// so that a first group of next to nothing does not lift the others beyond its range: scales up to 1 fit in any case.
 template <class T>
 LLMKERN_DEVICE float power_of_two(float scale) {
     if (!std::is_same_v<T, F16>) return 1;
+    constexpr uint32_t LEAST = (127 - 12) << 23, MOST = (127 + 100) << 23;
     const uint32_t exponent = float_bits(scale) & 0x7f800000;
-    const bool usable = exponent > 0x08000000 && exponent < 0x76000000;  // its inverse is a normal number too
-    return usable ? bits_float(exponent) * 16 : 1;                       // codes of 8 bits leave 2^12 either way
+    return exponent > MOST ? 1 : bits_float(exponent < LEAST ? LEAST : exponent) * 16;
 }
 
 // What a row's sums are multiplied with in the end.
