@@ -24,6 +24,8 @@ struct Tile {
     using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, STAGES, STAGES - 1, THREADS>;
     using Store = TileStore<T, ROWS, PARTS, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
+    // As many blocks as sm_80's shared memory takes, so that registers are not what limits them.
+    static constexpr int FIT = 164 * 1024 / (BYTES + 1024), BLOCKS = FIT < 3 ? FIT : 3;
     static_assert(BYTES <= 99 * 1024, "more than a block of sm_86, sm_89 and sm_120 can have");
 
     const TileArgs& args;
@@ -108,7 +110,7 @@ struct Tile {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::THREADS <= 128 ? 3 : 2) tile_kernel(TileArgs args) {
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) tile_kernel(TileArgs args) {
     Tile tile(args);
     tile.run(int64_t(block_x()) * Tile::ROWS, int64_t(block_z()) * args.tokens, block_y());
 }

@@ -39,12 +39,14 @@ struct TileArgs {
 
 constexpr int TILE_COLUMNS = 64;
 
+// What a row's scales are divided by, from its first one. fp16 then has 2^10 to spare on either side; at least 2^-12,
+// so that a first group of next to nothing does not lift the others beyond its range: scales up to 1 fit in any case.
 template <class T>
 LLMKERN_DEVICE float power_of_two(float scale) {
     if (!std::is_same_v<T, F16>) return 1;
+    constexpr uint32_t LEAST = (127 - 12) << 23, MOST = (127 + 100) << 23;
     const uint32_t exponent = float_bits(scale) & 0x7f800000;
-    const bool usable = exponent > 0x08000000 && exponent < 0x76000000;  // its inverse is a normal number too
-    return usable ? as_float(exponent) * 16 : 1;                       // codes of 8 bits leave 2^12 either way
+    return exponent > MOST ? 1 : as_float(exponent < LEAST ? LEAST : exponent) * 16;
 }
 
 // What a row's sums are multiplied with in the end.
@@ -140,7 +142,8 @@ struct TileFeed {
         }
     }
 
-    // A thread copies the same unit of every THREADS / 8th row of x, so that all its rows have the same swizzle.
+    // A thread copies the same unit of every THREADS / 8th row of x, so that all its rows have the same swizzle. Where
+    // rows are aligned, a unit is whole or is not there.
     template <bool ALIGNED>
     LLMKERN_DEVICE void fill_x(uint8_t* tile, int column) const {
         constexpr int STEP = THREADS / 8;
@@ -151,13 +154,12 @@ struct TileFeed {
         uint8_t* const to = tile + swizzled(row, unit);
 #pragma unroll
         for (int i = 0; i < (TOKENS + STEP - 1) / STEP; i++) {
-            // What stands in rows that are not there stays in columns of the product that nobody stores.
-            if (row + i * STEP < tokens) {
-                if (ALIGNED)
-                    copy_async(to + i * STEP * TILE_ROW_BYTES, from, bytes);
-                else
-                    copy_now<uint16_t>(to + i * STEP * TILE_ROW_BYTES, from, bytes);
-            }
+            if (TOKENS % STEP && row + i * STEP >= TOKENS) break;
+            const bool here = row + i * STEP < tokens;
+            if (ALIGNED)
+                copy_async_if(here && bytes, to + i * STEP * TILE_ROW_BYTES, from);
+            else
+                copy_now<uint16_t>(to + i * STEP * TILE_ROW_BYTES, from, here ? bytes : 0);
             from += int64_t(STEP) * args.k;
         }
     }
@@ -173,13 +175,12 @@ struct TileFeed {
         uint8_t* const to = tile + code_unit(row, thread() % CODE_UNITS);
 #pragma unroll
         for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
-            const int here = row + i * STEP;
-            if (here < rows) {  // as above: the others' sums are not stored
-                if (ALIGNED)
-                    copy_async(to + i * STEP * PITCH, from, bytes);
-                else
-                    copy_now<typename Format::Piece>(to + i * STEP * PITCH, from, bytes);
-            }
+            if (ROWS % STEP && row + i * STEP >= ROWS) break;
+            const bool here = row + i * STEP < rows;
+            if (ALIGNED)
+                copy_async_if(here && bytes, to + i * STEP * PITCH, from);
+            else
+                copy_now<typename Format::Piece>(to + i * STEP * PITCH, from, here ? bytes : 0);
             from += int64_t(STEP) * args.row_bytes;
         }
     }

@@ -129,6 +129,7 @@ def _cluster(gpu: Gpu, blocks: int, k: int, least: int) -> int:
 
 def codes_plan(kernel: str, gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     """Sizes for int4 and int8 weights with x kept, see `stream_plan`."""
+    m = max(m, 1)
     if kernel == "stream":
         return stream_plan(gpu, m, n, k, lane_columns)
     return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k)

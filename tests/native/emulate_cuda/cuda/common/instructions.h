@@ -130,6 +130,7 @@ void copy_in_background(void* to, const void* from, int bytes) {
 }
 inline void copy_async(void* to, const void* from, int bytes) { copy_in_background<16>(to, from, bytes); }
 inline void copy_async8(void* to, const void* from, int bytes) { copy_in_background<8>(to, from, bytes); }
+inline void copy_async_if(bool there, void* to, const void* from) { copy_async(to, from, there ? 16 : 0); }
 inline void copy_async_commit() {
     auto& fiber = *machine.current;
     fiber.groups.push_back(std::move(fiber.open));
