@@ -24,8 +24,8 @@ struct Tile {
     using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, STAGES, STAGES - 1, THREADS>;
     using Store = TileStore<T, ROWS, PARTS, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
-    // As many blocks as sm_80's shared memory takes, so that registers are not what limits them.
-    static constexpr int FIT = 164 * 1024 / (BYTES + 1024), BLOCKS = FIT < 3 ? FIT : 3;
+    // Two blocks, if shared memory of sm_80 takes them: registers for three would spill.
+    static constexpr int FIT = 164 * 1024 / (BYTES + 1024), BLOCKS = FIT < 2 ? FIT : 2;
     static_assert(BYTES <= 99 * 1024, "more than a block of sm_86, sm_89 and sm_120 can have");
 
     const TileArgs& args;

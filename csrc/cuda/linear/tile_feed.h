@@ -152,7 +152,7 @@ struct TileFeed {
         const int bytes = at < args.k ? 2 * smaller(args.k - at, 8) : 0;
         const uint16_t* from = static_cast<const uint16_t*>(args.x) + (first_token + row) * args.k + at;
         uint8_t* const to = tile + swizzled(row, unit);
-#pragma unroll
+#pragma unroll(ALIGNED ? 16 : 1)
         for (int i = 0; i < (TOKENS + STEP - 1) / STEP; i++) {
             if (TOKENS % STEP && row + i * STEP >= TOKENS) break;
             const bool here = row + i * STEP < tokens;
@@ -173,7 +173,7 @@ struct TileFeed {
         const int rows = int(smaller<int64_t>(args.out.n - first_row, ROWS));
         const uint8_t* from = args.codes + (first_row + row) * args.row_bytes + at;
         uint8_t* const to = tile + code_unit(row, thread() % CODE_UNITS);
-#pragma unroll
+#pragma unroll(ALIGNED ? 16 : 1)
         for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++) {
             if (ROWS % STEP && row + i * STEP >= ROWS) break;
             const bool here = row + i * STEP < rows;
@@ -247,7 +247,7 @@ struct TileFeed {
     }
 
     LLMKERN_DEVICE void start() {
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < AHEAD; i++) {
             fill(first + i);
             copy_async_commit();
