@@ -16,7 +16,7 @@ from cases import CASES
 
 import llmkern
 from llmkern import _features
-from llmkern._registry import OPS
+from llmkern._registry import OPS, Kernel, Op
 
 NATIVE = _features.native is not None
 IN_BUILD = [level.name for level in _features.levels()]
@@ -99,6 +99,23 @@ def test_force_refuses_unknown_names_and_missing_rows() -> None:
     for name in foreign:
         with llmkern.force(name), pytest.raises(NotImplementedError, match="this op has no such kernel"):
             op(*args)
+
+
+def test_a_row_yields_to_a_later_one_and_runs_if_that_is_gone() -> None:
+    """GPU rows: which of them runs depends on the sizes; the last rows of a table yield to none."""
+
+    def row(name: str, least: int | None) -> Kernel:
+        yields = None if least is None else lambda m: f"not for {m} rows" if m < least else None
+        return Kernel(name, "any", run=lambda m: name, yields=yields)
+
+    large, middle, small, reference = row("large", 64), row("middle", 17), row("small", 0), row("reference", None)
+    table = [large, middle, small, reference]
+    assert [Op._choice(table, (m,)) for m in (1, 17, 64)] == [small, middle, large]
+    assert Op._choice([large, middle, reference], (1,)) is middle  # small is disabled, or cannot run
+    assert Op._choice([large, reference], (1,)) is large
+    assert Op._choice([large, middle], (1,)) is middle
+    assert Op._choice([reference], (1,)) is reference
+    assert Op._choice([], (1,)) is None
 
 
 def test_force_ends_with_its_block_and_is_of_one_thread() -> None:

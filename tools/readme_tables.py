@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
+GPU_ROWS = ("cuda.stream", "cuda.mma", "cuda.wgmma", "cuda.stream_int8", "cuda.mma_int8", "cuda.block", "triton")
 
 
 def built() -> dict[str, list[str]]:
@@ -27,12 +28,15 @@ def built() -> dict[str, list[str]]:
 
 
 def built_for_gpu() -> dict[str, list[str]]:
-    """Op -> its GPU rows: the kernels of csrc/cuda and `triton`."""
+    """Op -> its GPU rows: the kernels of csrc/cuda, those that quantize x with a suffix, and `triton`."""
     found = {}
     for op in built():
-        rows = ROOT / "csrc/cuda" / op / "kernels.def"
-        text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
-        found[op] = [f"cuda.{kernel}" for kernel in re.findall(r"^LLMKERN_KERNEL\((\w+)\)", text, re.MULTILINE)]
+        found[op] = []
+        for file, suffix in (("kernels.def", ""), ("int8_kernels.def", "_int8")):
+            rows = ROOT / "csrc/cuda" / op / file
+            text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
+            names = re.findall(r"^LLMKERN_KERNEL\((\w+)\)", text, re.MULTILINE)
+            found[op] += [f"cuda.{kernel}{suffix}" for kernel in names]
         if (ROOT / "python/llmkern/ops" / op / "triton.py").is_file():
             found[op].append("triton")
     return found
@@ -61,8 +65,7 @@ def kernels_table() -> str:
 def gpu_table() -> str:
     """Op x GPU row."""
     ops = built_for_gpu()
-    columns = list(dict.fromkeys(row for rows in ops.values() for row in rows if row != "triton"))
-    columns += ["triton"] if any("triton" in rows for rows in ops.values()) else []
+    columns = sorted({row for rows in ops.values() for row in rows}, key=GPU_ROWS.index)
     rows = [[f"`{op}`"] + ["yes" if column in names else "" for column in columns] for op, names in ops.items()]
     return table(["op", *(f"`{column}`" for column in columns)], rows)
 

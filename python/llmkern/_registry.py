@@ -5,7 +5,7 @@ Every refusal is a sentence: `why()` lists them, and when no row can run that li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -53,17 +53,15 @@ class Kernel:
         """Why it cannot run on this machine or build at all; empty if it can."""
         return self.blocked or (self.lacking() if self.lacking else "")
 
-    def refusal(self, device: str, args: tuple, *, forced: bool = False) -> str | None:
-        """Why this kernel does not run on these arguments, or None."""
+    def refusal(self, device: str, args: tuple) -> str | None:
+        """Why this kernel cannot run on these arguments, or None."""
         if self.blocked:
             return self.blocked
         if self.device not in ("any", device):
             return (self.reason if self.lacking else "") or f"needs a {self.device} tensor, got {device}"
         if self.lacking and (lack := self.lacking()):
             return lack
-        if self.rejects and (reason := self.rejects(*args)):
-            return reason
-        return self.yields(*args) if self.yields and not forced else None
+        return self.rejects(*args) if self.rejects else None
 
 
 @dataclass
@@ -129,24 +127,43 @@ class Op:
         """The kernel that runs on these arguments."""
         device = args[0].device.type
         forced = _forced.get()
-        for kernel in self.kernels:
-            if forced is not None and kernel.name != forced:
-                continue
-            if kernel.refusal(device, args, forced=forced is not None) is None:
-                return kernel
+        rows = self.kernels if forced is None else [kernel for kernel in self.kernels if kernel.name == forced]
+        able = (kernel for kernel in rows if kernel.refusal(device, args) is None)
+        if (found := next(able, None) if forced else self._choice(able, args)) is not None:
+            return found
         raise NotImplementedError(self._no_kernel(forced, *args))
 
     def why(self, *args: Any) -> str:
         """One line per row: what would run on these arguments, and why each other would not."""
         device = args[0].device.type
-        lines, taken = [], False
+        able = [kernel for kernel in self.kernels if kernel.refusal(device, args) is None]
+        runs = self._choice(able, args)
+        lines = []
         for kernel in self.kernels:
-            refusal = kernel.refusal(device, args)
-            if refusal is None:
-                refusal = "can run, but comes after the one that runs" if taken else "runs"
-                taken = True
-            lines.append(f"{self.name}: {kernel.name}: {refusal}")
+            if kernel is runs:
+                text: str | None = "runs"
+            elif kernel in able:
+                text = kernel.yields(*args) if kernel.yields else None
+                text = text or "can run, but comes after the one that runs"
+            else:
+                text = kernel.refusal(device, args)
+            lines.append(f"{self.name}: {kernel.name}: {text}")
         return "\n".join(lines)
+
+    @staticmethod
+    def _choice(able: Iterable[Kernel], args: tuple) -> Kernel | None:
+        """Of kernels that can run, in the table's order, the one that does.
+
+        The first that does not yield to a later one. A row may be disabled that others yield to: then the last of
+        those that do comes before a row that never yields.
+        """
+        left: Kernel | None = None
+        for kernel in able:
+            if kernel.yields and kernel.yields(*args):
+                left = kernel
+            else:
+                return kernel if left is None or kernel.yields else left
+        return left
 
     def _no_kernel(self, forced: str | None, *args: Any) -> str:
         if forced is not None and all(kernel.name != forced for kernel in self.kernels):

@@ -99,7 +99,7 @@ def args_of(case: LinearCase, x: Tensor, bias: Tensor | None = None) -> tuple[An
 def refusal(op: str, kernel: str, args: tuple[Any, ...]) -> str | None:
     """Why a kernel does not take these arguments, or None."""
     table = next(row for row in OPS[op].kernels if row.name == kernel)
-    return table.refusal(args[0].device.type, args, forced=True)
+    return table.refusal(args[0].device.type, args)
 
 
 class Runner:

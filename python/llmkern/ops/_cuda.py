@@ -50,6 +50,7 @@ def device_of(x: Tensor) -> Gpu:
     return gpu_of(x.device.index)
 
 
+@lru_cache
 def lacking(kernel: str) -> str:
     """Why no GPU here can run this kernel; empty if one can."""
     if not torch.cuda.is_available():

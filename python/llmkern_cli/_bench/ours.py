@@ -51,9 +51,9 @@ def candidates(weights: Weights, dtype: torch.dtype, ops: Sequence[str], kernels
         device = x.device.type
         here = [kernel.name for kernel in table if kernel.device in (device, "any") and kernel.name != "reference"]
         names = [picked.name] if kernels == "best" else here
-        refusals = {kernel.name: kernel.refusal(device, sample, forced=kernels == "all") for kernel in table}
+        refusals = {kernel.name: kernel.refusal(device, sample) for kernel in table}
         for name in names:
-            made = _candidate(variant, weights, dtype, name, forced=kernels == "all")
+            made = _candidate(variant, weights, dtype, name)
             if refusal := refusals[name]:
                 made.skip(refusal)
             yield made
