@@ -53,7 +53,7 @@ def candidates(weights: Weights, dtype: torch.dtype, ops: Sequence[str], kernels
         names = [picked.name] if kernels == "best" else here
         refusals = {kernel.name: kernel.refusal(device, sample) for kernel in table}
         for name in names:
-            made = _candidate(variant, weights, dtype, name)
+            made = _candidate(variant, weights, dtype, name, forced=kernels == "all")
             if refusal := refusals[name]:
                 made.skip(refusal)
             yield made
