@@ -242,11 +242,13 @@ def test_copies_differ_and_hold_the_same_values():
     assert torch.equal(two.codes4.roll(-1, 0), one.codes4)
 
 
-def row(op, median_us, *, m=1, peer=None, activations=KEPT, dtype="float32", values="int4", n=4096, k=4096):
+def row(
+    op, median_us, *, m=1, peer=None, activations=KEPT, dtype="float32", values="int4", n=4096, k=4096, limit_share=None
+):
     return {
         "op": op, "peer": peer, "kernel": None if peer else "cpu.x", "n": n, "k": k, "m": m, "dtype": dtype,
         "activations": activations, "values": values, "median_us": median_us, "bytes": n * k // 2,
-        "operations": 2 * m * n * k,
+        "operations": 2 * m * n * k, "limit_share": limit_share,
     }  # fmt: skip
 
 
@@ -261,6 +263,30 @@ def test_goals_compare_with_the_best_peer_of_the_same_class():
     (entry,) = goals.judge(rows, LIMITS)
     assert (entry["goal"], entry["kind"]) == ("int4, activations kept", "ratio")
     assert (entry["against"], entry["wanted"], entry["measured"], entry["met"]) == ("best", 1.6, 1.7, True)
+
+
+def test_a_ratio_says_which_share_of_the_limit_it_needs():
+    """The limit's time over the wanted one, whatever our own time is: 60 us over 170 / 1.6, 150 / 2 and 100 / 2."""
+    rows = [
+        row("int4_linear", 120.0, limit_share=0.5), row("int4_linear", 170.0, peer="best"),
+        row("int4_linear", 80.0, m=4, limit_share=0.75), row("int4_linear", 150.0, m=4, peer="best"),
+        row("int4_linear", 100.0, m=64, limit_share=0.6), row("int4_linear", 100.0, m=64, peer="best"),
+    ]  # fmt: skip
+    judged = goals.judge(rows, LIMITS)
+    assert [entry["share_needed"] for entry in judged] == pytest.approx([0.565, 0.8, 1.2], abs=1e-3)
+    assert goals.reach(judged).endswith("of the machine's limit: 1 more than 100%, 1 more than 90%")
+    judged[1]["share_needed"] = 0.95
+    assert goals.reach(judged).startswith("3 ratios are not met.")
+    assert goals.reach(judged).endswith("1 more than 100%, 2 more than 90%")
+
+
+def test_no_share_is_needed_where_ratios_are_met_or_the_limit_is_not_known():
+    rows = [row("int4_linear", 100.0, limit_share=0.9), row("int4_linear", 300.0, peer="best")]
+    assert goals.reach(goals.judge(rows, LIMITS)) == ""
+    rows = [row("int4_linear", 300.0), row("int4_linear", 300.0, peer="best")]
+    judged = goals.judge(rows, LIMITS)
+    assert [(entry["met"], entry["share_needed"]) for entry in judged] == [(False, None)]
+    assert goals.reach(judged) == ""
 
 
 def test_goals_of_shares_and_of_large_shapes():

@@ -182,12 +182,14 @@ def test_many_rows(op: str, row: str, generator: torch.Generator) -> None:
 @pytest.mark.of_ops("int8_dynamic_linear", "int4_linear")
 @pytest.mark.usefixtures("poisoned")
 def test_quantized_rows_of_every_kind_of_group(op: str, row: str, generator: torch.Generator) -> None:
-    """Groups of parts of a block, of a block and of several; rows that end within each; K in one piece and more."""
-    extra = ("int8",) if op == "int4_linear" else ()
-    for k, groups in ((2600, (16, 32, 64, 128, 256, None)), (576, (64, 128)), (96, (32,))):
+    """Groups of lanes, of parts of a block, of a block and of several; rows that end within each; K in pieces too."""
+    extra, dtypes = ("int8",) if op == "int4_linear" else (), itertools.cycle((F32, torch.float16, BF16))
+    for k, groups in ((2600, (4, 8, 16, 32, 64, 128, 256, None)), (576, (64, 128)), (96, (32,)), (75, (4, 8, 16))):
         for group_size in groups:
             for symmetric in (True, False):
-                case = LinearCase(op, 19, k, group_size=group_size, symmetric=symmetric, extra=extra)
+                case = LinearCase(
+                    op, 19, k, group_size=group_size, symmetric=symmetric, scale_dtype=next(dtypes), extra=extra
+                )
                 bias = make_bias(case, generator)
                 for m in (1, 2, 4, 7, 8, 16):
                     x = torch.randn((m, k), generator=generator).bfloat16()
@@ -201,7 +203,7 @@ def test_quantized_rows_of_every_kind_of_group(op: str, row: str, generator: tor
 def test_a_nan_scale_stays_in_its_row(op: str, row: str, generator: torch.Generator) -> None:
     """Of the weight: what is read together with the last groups of the row before must not get into its sums."""
     extras: tuple[tuple, ...] = ((None,), ("int8",)) if op == "int4_linear" else ((),)
-    for (k, group_size), extra in itertools.product(((576, 64), (1056, 32), (1040, 16)), extras):
+    for (k, group_size), extra in itertools.product(((576, 64), (1056, 32), (1040, 16), (1040, 8), (1036, 4)), extras):
         case = LinearCase(op, 40, k, group_size=group_size, extra=extra)
         args = list(case.args(torch.randn((3, k), generator=generator).bfloat16(), None))
         args[2] = args[2].clone()

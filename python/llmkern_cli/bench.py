@@ -173,6 +173,7 @@ def show(result: dict[str, Any]) -> str:
     if result["goals"]:
         by_m = ["M = " + ", ".join(map(str, ms)) for ms in goals.COLUMNS]
         parts += ["", table(("must reach", "what", *by_m), goals.cells(result["goals"]))]
+        parts += filter(None, [goals.reach(result["goals"])])
     return "\n".join(parts)
 
 

@@ -16,9 +16,14 @@ from llmkern import _features
 from llmkern._registry import OPS
 
 OPTIONS = {
-    "int4_linear": [{"group_size": 100}, {"group_size": 64, "extra": ("int8",)}, {"symmetric": False}],
+    "int4_linear": [
+        {"group_size": 100},
+        {"group_size": 64, "extra": ("int8",)},
+        {"group_size": 8, "extra": ("int8",)},
+        {"symmetric": False},
+    ],
     "int8_linear": [{"group_size": 50}, {}],
-    "int8_dynamic_linear": [{"group_size": 96}, {"symmetric": False}],
+    "int8_dynamic_linear": [{"group_size": 96}, {"group_size": 8}, {"symmetric": False}],
     "sparse24_linear": [{"value_dtype": torch.bfloat16}, {"value_dtype": torch.int8, "group_size": 64}],
     "sparse24_int4_linear": [{"group_size": 100}],
     "bitmask_linear": [{"value_dtype": torch.float32}, {"value_dtype": torch.int8, "group_size": 100}],

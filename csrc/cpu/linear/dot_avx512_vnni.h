@@ -16,6 +16,7 @@ struct I32 {
 LLMKERN_INLINE I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LLMKERN_INLINE void store_i32(int32_t* p, I32 x) { _mm512_storeu_si512(p, x.v); }
 LLMKERN_INLINE I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+LLMKERN_INLINE I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 LLMKERN_INLINE I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 LLMKERN_INLINE F32 to_float(I32 x) { return {_mm512_cvtepi32_ps(x.v)}; }
 LLMKERN_INLINE I32 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -93,13 +94,52 @@ LLMKERN_INLINE F32 load_in_halves(const float* p) {
     return as_floats(load_in_halves(reinterpret_cast<const int32_t*>(p)));
 }
 
+// Lane i of what is returned: lane index[i] of x.
+LLMKERN_INLINE I32 permute(I32 x, I32 index) { return {_mm512_permutexvar_epi32(index.v, x.v)}; }
+LLMKERN_INLINE F32 permute(F32 x, I32 index) { return {_mm512_permutexvar_ps(index.v, x.v)}; }
+
+// The group of each lane, of 16 or 8 groups.
+LLMKERN_INLINE I32 lane_groups(int64_t groups) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {groups == 16 ? lanes : _mm512_srli_epi32(lanes, 1)};
+}
+
+// Values at base[index] in the lanes of `some`, zeros in the others; those AHEAD bytes further are asked for.
+template <int64_t AHEAD>
+LLMKERN_INLINE F32 load_stored(const void* base, DType dtype, int64_t index, Mask some) {
+    if (dtype == DType::F32) {
+        const float* p = static_cast<const float*>(base) + index;
+        prefetch(p + AHEAD / sizeof *p);
+        return {_mm512_maskz_loadu_ps(some.v, p)};
+    }
+    const uint16_t* p = static_cast<const uint16_t*>(base) + index;
+    prefetch(p + AHEAD / sizeof *p);
+    const __m256i halves = _mm256_maskz_loadu_epi16(some.v, p);
+    if (dtype == DType::F16) return {_mm512_cvtph_ps(halves)};
+    return as_floats({_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)});
+}
+template <int64_t AHEAD>
+LLMKERN_INLINE I32 load_stored(const int8_t* p, Mask some) {
+    prefetch(p + AHEAD);
+    return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some.v, p))};
+}
+
+// Of every part: lanes 0 and 1 of a and b, or lanes 2 and 3, taken in turns; in pairs of lanes.
+LLMKERN_INLINE I32 low_lanes(I32 a, I32 b) { return {_mm512_unpacklo_epi32(a.v, b.v)}; }
+LLMKERN_INLINE I32 high_lanes(I32 a, I32 b) { return {_mm512_unpackhi_epi32(a.v, b.v)}; }
+LLMKERN_INLINE I32 low_pairs(I32 a, I32 b) { return {_mm512_unpacklo_epi64(a.v, b.v)}; }
+LLMKERN_INLINE I32 high_pairs(I32 a, I32 b) { return {_mm512_unpackhi_epi64(a.v, b.v)}; }
+LLMKERN_INLINE F32 low_lanes(F32 a, F32 b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
+LLMKERN_INLINE F32 high_lanes(F32 a, F32 b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
+LLMKERN_INLINE F32 low_pairs(F32 a, F32 b) { return as_floats(low_pairs(as_dwords(a), as_dwords(b))); }
+LLMKERN_INLINE F32 high_pairs(F32 a, F32 b) { return as_floats(high_pairs(as_dwords(a), as_dwords(b))); }
+
 // Lane r of a part: the sum of that part of rows[r].
-LLMKERN_INLINE I32 sums_of_rows(const I32 (&rows)[4]) {
-    const __m512i a =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0].v, rows[1].v), _mm512_unpackhi_epi32(rows[0].v, rows[1].v));
-    const __m512i b =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2].v, rows[3].v), _mm512_unpackhi_epi32(rows[2].v, rows[3].v));
-    return {_mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b))};
+template <class Vector>
+LLMKERN_INLINE Vector sums_of_rows(const Vector (&rows)[4]) {
+    const Vector a = low_lanes(rows[0], rows[1]) + high_lanes(rows[0], rows[1]);
+    const Vector b = low_lanes(rows[2], rows[3]) + high_lanes(rows[2], rows[3]);
+    return low_pairs(a, b) + high_pairs(a, b);
 }
 
 // Part i: the sum of the parts of x[i].

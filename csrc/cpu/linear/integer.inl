@@ -8,6 +8,7 @@
 //   few rows of x     integer_fast.inl        AVX2: scaled lane by lane
 //                     integer_quad.inl        AArch64: four rows of w at a time, scaled once per group
 //                     integer_quad_wide.inl   AVX-512: likewise in each of four parts of a register
+//                     integer_lanes_wide.inl  AVX-512, groups of one or two lanes: scaled lane by lane
 //   more              integer_tile.inl, and amx_integer.inl where the level has tiles of its own
 //   other groups      here: a row is decoded to 16-bit centred codes once, and used for all rows of x
 //

@@ -35,9 +35,13 @@ enum class Groups {
     BLOCK,    // of one block
     HALF,     // two in a block
     QUARTER,  // four in a block: one in each part
+    LANES,    // of one or two lanes: integer_lanes_wide.inl
 };
 
 constexpr bool in_parts(Groups groups) { return groups == Groups::HALF || groups == Groups::QUARTER; }
+
+// Whether lanes of a step have values of their own.
+constexpr bool by_lane(Groups groups) { return in_parts(groups) || groups == Groups::LANES; }
 
 constexpr int QUAD = 4, QUAD_X_ROWS = 4;
 
@@ -46,7 +50,7 @@ template <class Dot>
 constexpr int64_t STREAM_ROWS = Dot::STREAM_ROWS;
 
 // Values of a step for one row of x: one, or one for each lane; WHOLE has one for each row of w.
-constexpr int step_values(Groups groups) { return in_parts(groups) ? F32::WIDTH : groups == Groups::WHOLE ? QUAD : 1; }
+constexpr int step_values(Groups groups) { return by_lane(groups) ? F32::WIDTH : groups == Groups::WHOLE ? QUAD : 1; }
 
 // Quads that are multiplied before what they gave is stored, so that y's rows are stored in vectors.
 constexpr int64_t QUADS_TAKEN = 16;
@@ -74,9 +78,12 @@ struct QuadX {
 // streams; neighbouring rows, read side by side, come at less of the bandwidth.
 struct QuadW {
     const uint8_t* bytes;
-    int64_t stride;          // from a row to the next one here
-    const float* scales;     // [groups][QUAD]
-    const int32_t* offsets;  // [groups][QUAD] -(OFFSET + zero point); WHOLE and with zero points
+    int64_t stride;                // from a row to the next one here
+    const float* scales;           // [groups][QUAD]
+    const int32_t* offsets;        // [groups][QUAD] -(OFFSET + zero point); WHOLE and with zero points
+    const GroupArgs* stored;       // LANES: scales and zero points as stored. The first row's are from `group` on,
+    int64_t group, next_group;     // and those of the next row here so much further
+    int64_t groups, block_groups;  // of a row, and of a block
     int64_t blocks, whole_blocks, steps, step_blocks;
     int64_t begin, end;   // WHOLE: the blocks that are multiplied now
     const uint8_t* last;  // [QUAD][BYTES]: the block after the whole ones
@@ -96,39 +103,47 @@ LLMKERN_INLINE I32 step_offset(const int32_t* offsets, const int32_t* starts, in
     return set1_i32(*starts) * load_in_first_part(offsets + step * QUAD);
 }
 
+// Block b of four rows of w. What is read next is asked for: AHEAD bytes further, or, where there are more passes over
+// these rows, the rows `next`.
+template <class Dot, int64_t AHEAD>
+LLMKERN_INLINE void load_quad_block(const QuadW& w, int64_t b, const uint8_t* const (&next)[2],
+                                    typename Dot::Weights (&codes)[QUAD]) {
+    const bool whole = b < w.whole_blocks;
+    const uint8_t* p = whole ? w.bytes + b * Dot::BYTES : w.last;
+    const int64_t stride = whole ? w.stride : Dot::BYTES;
+#pragma GCC unroll 4
+    for (int r = 0; r < QUAD; ++r) {
+        codes[r] = Dot::load(p);
+        if (AHEAD) prefetch(p + AHEAD);
+        p = next_address(p, stride);
+    }
+    if (!AHEAD)
+        for (const uint8_t* row : next) prefetch_far(row + b * Dot::BYTES);
+}
+
+#include "cpu/linear/integer_lanes_wide.inl"
+
 // The scaled dot products of four rows of w and M of x, [row of x][row of w]; WHOLE: their int32 sums at `sums_at`, to
-// which more blocks are added until these are the last ones. What is read next is asked for: AHEAD
-// bytes further, or, where there are more passes over these rows, the rows `next`.
+// which more blocks are added until these are the last ones.
 template <class Dot, Groups GROUPS, bool ZEROS, int64_t AHEAD, int M>
 LLMKERN_INLINE F32 multiply_quad(const QuadW& w, const int8_t* x, const int32_t* starts, const float* x_scales,
                                  const uint8_t* const (&next)[2], const float* sums_at) {
-    const auto load_block = [&](int64_t b, typename Dot::Weights(&codes)[QUAD]) __attribute__((always_inline)) {
-        const bool whole = b < w.whole_blocks;
-        const uint8_t* p = whole ? w.bytes + b * Dot::BYTES : w.last;
-        const int64_t stride = whole ? w.stride : Dot::BYTES;
-#pragma GCC unroll 4
-        for (int r = 0; r < QUAD; ++r) {
-            codes[r] = Dot::load(p);
-            if (AHEAD) prefetch(p + AHEAD);
-            p = next_address(p, stride);
-        }
-        if (!AHEAD)
-            for (const uint8_t* row : next) prefetch_far(row + b * Dot::BYTES);
-    };
     const auto add_block = [&](I32(&sums)[QUAD], const typename Dot::Weights(&codes)[QUAD], int m, int64_t b)
                                __attribute__((always_inline)) {
                                    const int8_t* at = x + (b * QUAD_X_ROWS + m) * Dot::COLUMNS;
 #pragma GCC unroll 4
                                    for (int r = 0; r < QUAD; ++r) sums[r] = Dot::add(sums[r], codes[r], at);
                                };
-    if constexpr (GROUPS == Groups::WHOLE) {
+    if constexpr (GROUPS == Groups::LANES) {
+        return multiply_lanes<Dot, ZEROS, AHEAD, M>(w, x, starts, x_scales, next);
+    } else if constexpr (GROUPS == Groups::WHOLE) {
         I32 sums[M][QUAD];
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m)
             for (int r = 0; r < QUAD; ++r) sums[m][r] = set1_i32(0);
         for (int64_t b = w.begin; b < w.end; ++b) {
             typename Dot::Weights codes[QUAD];
-            load_block(b, codes);
+            load_quad_block<Dot, AHEAD>(w, b, next, codes);
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) add_block(sums[m], codes, m, b);
         }
@@ -167,14 +182,14 @@ LLMKERN_INLINE F32 multiply_quad(const QuadW& w, const int8_t* x, const int32_t*
                     for (int r = 0; r < QUAD; ++r) sums[m][r] = start(m);
                 const int64_t end = w.blocks - b < w.step_blocks ? w.blocks : b + w.step_blocks;
                 for (; b < end; ++b) {
-                    load_block(b, codes);
+                    load_quad_block<Dot, AHEAD>(w, b, next, codes);
 #pragma GCC unroll 4
                     for (int m = 0; m < M; ++m) add_block(sums[m], codes, m, b);
                 }
 #pragma GCC unroll 4
                 for (int m = 0; m < M; ++m) finish(sums[m], m);
             } else {
-                load_block(step, codes);
+                load_quad_block<Dot, AHEAD>(w, step, next, codes);
 #pragma GCC unroll 4
                 for (int m = 0; m < M; ++m) {
                     I32 sums[QUAD];
@@ -218,7 +233,7 @@ void multiply_quads(const QuadW& w, const QuadX& x, int64_t row_bytes, float* re
 template <class Dot, Groups GROUPS>
 void arrange_quad(const QuadX& x, int64_t i, const int8_t* codes, const float* scales, const QuadW& w, int64_t x_group,
                   int64_t x_groups, bool zeros) {
-    constexpr int VALUES = step_values(GROUPS);
+    constexpr int VALUES = step_values(GROUPS), LANE = Dot::COLUMNS / F32::WIDTH, SHARE = in_parts(GROUPS) ? 4 : 1;
     const int64_t pass = x.pass_of(i), row = i - x.first(pass);
     int8_t* to = x.codes + pass * x.codes_size + row * Dot::COLUMNS;
     const I32 times = set1_i32(zeros || GROUPS == Groups::WHOLE ? 1 : -Dot::OFFSET);
@@ -230,12 +245,14 @@ void arrange_quad(const QuadX& x, int64_t i, const int8_t* codes, const float* s
             sums = sums + Dot::sums(to);
         }
         const int64_t at = pass * x.steps_size + (step * QUAD_X_ROWS + row) * VALUES;
-        if (in_parts(GROUPS))
-            store_i32(x.starts + at, zeros ? sums_of_rows({sums, sums, sums, sums}) : sums * times);
+        if (in_parts(GROUPS) && zeros)
+            store_i32(x.starts + at, sums_of_rows({sums, sums, sums, sums}));
+        else if (by_lane(GROUPS))
+            store_i32(x.starts + at, sums * times);
         else
             for (int v = 0; v < VALUES; ++v) x.starts[at + v] = hsum(sums * times);
         for (int v = 0; v < VALUES; ++v) {
-            const int64_t column = first + (in_parts(GROUPS) ? v / 4 * (Dot::COLUMNS / 4) : 0);
+            const int64_t column = first + (by_lane(GROUPS) ? v / SHARE * SHARE * LANE : 0);
             x.scales[at + v] = column / x_group < x_groups ? scales[column / x_group] : 0;
         }
     }
@@ -244,8 +261,10 @@ void arrange_quad(const QuadX& x, int64_t i, const int8_t* codes, const float* s
 // The scales and offsets of the quads that are taken together. A row's groups may end within its last step.
 class QuadScales {
   public:
-    QuadScales(const GroupArgs& g, int64_t step_groups)
+    QuadScales(const GroupArgs& g, int64_t step_groups, int32_t offset, bool with_offsets)
         : g_(g),
+          offset_(offset),
+          with_offsets_(with_offsets),
           groups_(div_up(g.k, g.group_size)),
           whole_(round_up(groups_, step_groups)),
           room_(round_up(QUADS_TAKEN * groups_, F32::WIDTH) + 2 * F32::WIDTH) {}
@@ -260,14 +279,13 @@ class QuadScales {
     }
 
     // Rows n + r * step + i of w for r < QUAD, i < taken.
-    template <int OFFSET>
-    void take(int64_t n, int64_t step, int64_t taken, bool with_offsets) {
+    void take(int64_t n, int64_t step, int64_t taken) {
         const int64_t count = taken * groups_;
-        if (with_offsets) {
+        if (with_offsets_) {
             for (int r = 0; r < QUAD; ++r) {
                 const int64_t first = (n + r * step) * groups_;
                 for (int64_t i = 0; i < count; ++i)
-                    rows_[r * room_ + i] = -OFFSET - (g_.zeros ? g_.zeros[first + i] : 0);
+                    rows_[r * room_ + i] = -offset_ - (g_.zeros ? g_.zeros[first + i] : 0);
             }
             interleave_rows(rows_, room_, count, offsets_);
         }
@@ -277,18 +295,20 @@ class QuadScales {
         interleave_rows(rows_, room_, count, reinterpret_cast<int32_t*>(scales_));
     }
 
-    // [groups][QUAD] of quad i. Scales beyond a row's last one are 0, since the next row's could be NaN.
-    const float* scales(int64_t i) const {
-        const float* scales = scales_ + i * groups_ * QUAD;
-        if (whole_ == groups_) return scales;
-        for (int64_t j = 0; j < groups_ * QUAD; j += F32::WIDTH) store(one_ + j, load(scales + j));
+    // Quad i of them. Scales beyond a row's last one are 0, since the next row's could be NaN.
+    void give(int64_t i, QuadW& w) {
+        w.scales = scales_ + i * groups_ * QUAD;
+        w.offsets = offsets_ + i * groups_ * QUAD;
+        if (whole_ == groups_) return;
+        for (int64_t j = 0; j < groups_ * QUAD; j += F32::WIDTH) store(one_ + j, load(w.scales + j));
         store(one_ + groups_ * QUAD, zero());
-        return one_;
+        w.scales = one_;
     }
-    const int32_t* offsets(int64_t i) const { return offsets_ + i * groups_ * QUAD; }
 
   private:
     const GroupArgs& g_;
+    int32_t offset_;
+    bool with_offsets_;
     int64_t groups_, whole_;  // of a row; and those of whole steps
     int64_t room_;
     int32_t* rows_;     // [QUAD][room], as stored
@@ -317,12 +337,17 @@ LLMKERN_INLINE void store_quads(const LinearArgs& a, const QuadX& x, const float
 template <Groups GROUPS, bool ZEROS, class Rows>
 void run_quads(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const Rows& weight, int threads) {
     using Dot = typename Rows::Dot;
+    constexpr int STEP_GROUPS = GROUPS == Groups::QUARTER ? 4 : GROUPS == Groups::HALF ? 2 : 1;
+    constexpr bool CONVERTED = GROUPS != Groups::LANES;  // scales are, beforehand
     QuadW shape;
     shape.blocks = div_up(a.k, Dot::COLUMNS);
     shape.step_blocks = GROUPS == Groups::WHOLE ? shape.blocks
                         : GROUPS == Groups::RUN ? g.group_size / Dot::COLUMNS
                                                 : 1;
     shape.steps = div_up(shape.blocks, shape.step_blocks);
+    shape.stored = &g;
+    shape.groups = div_up(a.k, g.group_size);
+    shape.block_groups = Dot::COLUMNS / g.group_size;
     shape.whole_blocks = weight.row_bytes() / Dot::BYTES;
     QuadX x;
     x.rows = a.m;
@@ -344,15 +369,17 @@ void run_quads(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const R
         GROUPS != Groups::WHOLE || x.passes == 1 ? shape.blocks : div_up(shape.blocks, div_up(shape.blocks, fit));
     parallel_for(div_up(a.n, QUAD), threads, [&](int64_t begin, int64_t end) {
         const int64_t results_ld = x.passes * F32::WIDTH, row_bytes = weight.row_bytes(), left = row_bytes % Dot::BYTES;
-        QuadScales scales(g, GROUPS == Groups::QUARTER ? 4 : GROUPS == Groups::HALF ? 2 : 1);
-        Carver task(scratch(Scratch::TASK, scales.bytes() + Carver::bytes<float>(QUADS_TAKEN * results_ld)));
-        scales.take_memory(task);
+        QuadScales scales(g, STEP_GROUPS, Dot::OFFSET, ZEROS || GROUPS == Groups::WHOLE);
+        Carver task(
+            scratch(Scratch::TASK, (CONVERTED ? scales.bytes() : 0) + Carver::bytes<float>(QUADS_TAKEN * results_ld)));
+        if (CONVERTED) scales.take_memory(task);
         float* results = task.take<float>(QUADS_TAKEN * results_ld);
         uint8_t last[QUAD][Dot::BYTES];
         const auto multiply = [&](int64_t n, int64_t step, int count, int64_t taken) {
-            scales.take<Dot::OFFSET>(n, step, taken, ZEROS || GROUPS == Groups::WHOLE);
+            if (CONVERTED) scales.take(n, step, taken);
             QuadW w = shape;
             w.stride = step * row_bytes;
+            w.next_group = step * w.groups;
             w.last = last[0];
             for (w.begin = 0; w.begin < w.blocks; w.begin = w.end) {
                 w.end = w.blocks - w.begin < run_blocks ? w.blocks : w.begin + run_blocks;
@@ -360,8 +387,8 @@ void run_quads(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const R
                     w.bytes = weight.row(n + i);
                     for (int r = 0; left && r < QUAD; ++r)
                         copy_part(w.bytes + r * w.stride + row_bytes - left, left, last[r]);
-                    w.scales = scales.scales(i);
-                    w.offsets = scales.offsets(i);
+                    w.group = (n + i) * w.groups;
+                    if (CONVERTED) scales.give(i, w);
                     multiply_quads<Dot, GROUPS, ZEROS>(w, x, row_bytes, results + i * results_ld);
                 }
             }
@@ -374,7 +401,7 @@ void run_quads(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const R
     });
 }
 
-// False if the groups are not of whole parts.
+// False if the groups are no such part of a block, and no whole blocks.
 template <class Rows>
 bool run_integer_fast(const LinearArgs& a, const GroupArgs& g, int64_t x_group, const Rows& weight, int threads) {
     constexpr int COLUMNS = Rows::Dot::COLUMNS;
@@ -394,6 +421,8 @@ bool run_integer_fast(const LinearArgs& a, const GroupArgs& g, int64_t x_group, 
         run(std::integral_constant<Groups, Groups::HALF>());
     else if (g.group_size == COLUMNS / 4)
         run(std::integral_constant<Groups, Groups::QUARTER>());
+    else if (g.group_size == COLUMNS / 8 || g.group_size == COLUMNS / 16)
+        run(std::integral_constant<Groups, Groups::LANES>());
     else
         return false;
     return true;

@@ -10,6 +10,8 @@ from llmkern_cli._bench.candidate import KEPT, PER_GROUP, PER_ROW
 Row = dict[str, Any]
 COLUMNS = ((1,), (4, 16), (64, 256, 512))
 LARGE = 4096 * 4096  # weights, from which on a shape is a large one
+# Shares of the machine's limit from which on a goal is out of reach: of the limit itself, and of what kernels get.
+OUT_OF_REACH = (1.0, 0.9)
 
 
 class Goal(NamedTuple):
@@ -87,7 +89,8 @@ def asked(limits: dict[str, Any]) -> tuple[Goal, ...]:
 def judge(rows: Sequence[Row], limits: dict[str, Any], wanted: Sequence[Goal] | None = None) -> list[dict[str, Any]]:
     """One entry per goal, shape, M (and dtype): what is asked for, what was measured, whether it is met.
 
-    wanted: the goals; by default those of this machine's CPU.
+    wanted: the goals; by default those of this machine's CPU. A ratio's `share_needed` is the share of the machine's
+    limit at which our kernel would reach it: above 1 no kernel can. None where the limit is not known.
     """
     timed = [row for row in rows if row["median_us"]]
     shapes = list(dict.fromkeys((row["n"], row["k"]) for row in timed))
@@ -116,6 +119,7 @@ def _judge_at(goal: Goal, rows: Sequence[Row], large: bool, limits: dict[str, An
         if best is not None and m in goal.ratio and (large or m not in goal.large_only):
             who = best["peer"] or f"{best['op']} {best['kernel']}"
             more = {"kind": "ratio", "against": who, "against_dtype": best["dtype"], "against_us": best["median_us"]}
+            more["share_needed"] = _share_needed(mine, best["median_us"] / goal.ratio[m])
             yield _entry(entry, more, goal.ratio[m], best["median_us"] / mine["median_us"])
         if m in goal.read and large and limits["read_gb_s"]:
             share = mine["bytes"] / limits["read_gb_s"] / 1e3 / mine["median_us"]
@@ -123,6 +127,11 @@ def _judge_at(goal: Goal, rows: Sequence[Row], large: bool, limits: dict[str, An
         if m in goal.peak and large and (peak := limits[f"{goal.factors}_gop_s"]):
             share = mine["operations"] / peak / 1e3 / mine["median_us"]
             yield _entry(entry, {"kind": f"share of {goal.factors} peak"}, goal.peak[m], share)
+
+
+def _share_needed(mine: Row, wanted_us: float) -> float | None:
+    share = mine["limit_share"]
+    return None if share is None else round(share * mine["median_us"] / wanted_us, 3)
 
 
 def _entry(entry: dict[str, Any], more: dict[str, Any], wanted: float, got: float) -> dict[str, Any]:
@@ -164,3 +173,14 @@ def _cell(entries: Sequence[dict[str, Any]]) -> str:
     met = sum(entry["met"] for entry in entries)
     verdict = "met" if met == len(entries) else f"not met ({met} of {len(entries)})"
     return f"{verdict}: worst {worst['measured']:.2f} of {worst['wanted']:g} ({worst['n']}x{worst['k']} M={worst['m']})"
+
+
+def reach(judged: Sequence[dict[str, Any]]) -> str:
+    """How many of the ratios that are not met the machine's limit leaves no room for; empty if all are met."""
+    unmet = [entry for entry in judged if entry["kind"] == "ratio" and not entry["met"]]
+    needed = [entry["share_needed"] for entry in unmet if entry["share_needed"] is not None]
+    if not needed:
+        return ""
+    over = [sum(share > most for share in needed) for most in OUT_OF_REACH]
+    counts = ", ".join(f"{count} more than {most:.0%}" for count, most in zip(over, OUT_OF_REACH, strict=True))
+    return f"{len(unmet)} ratios are not met. To meet them takes, of the machine's limit: {counts}"

@@ -434,6 +434,8 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_maskz_loadu_ps emulate::masked_load<__m512, float>
 #define _mm512_maskz_loadu_epi8 emulate::masked_load<__m512i, uint8_t>
 #define _mm512_maskz_loadu_epi16 emulate::masked_load<__m512i, uint16_t>
+#define _mm_maskz_loadu_epi8 emulate::masked_load<__m128i, uint8_t>
+#define _mm256_maskz_loadu_epi16 emulate::masked_load<__m256i, uint16_t>
 #define _mm256_maskz_loadu_epi8 emulate::masked_load<__m256i, uint8_t>
 #define _mm512_mask_storeu_ps emulate::masked_store<float, __m512>
 #define _mm512_mask_storeu_epi16 emulate::masked_store<uint16_t, __m512i>
