@@ -50,6 +50,13 @@ def test_the_gpu_table_is_the_registrys(tables):
         assert {row.kernel for row in llmkern.kernels(op) if row.device == "cuda"} == set(kernels)
 
 
+def test_the_status_names_every_gpu_kernel(tables):
+    lines = [line for line in read("bench/results/STATUS.md").splitlines() if line.startswith("| `")]
+    for kernel in {row for rows in tables.built_for_gpu().values() for row in rows}:
+        (mine,) = [line for line in lines if f"`{kernel}`" in line]
+        assert ("*not yet run on a GPU*" in mine) != (ROOT / "bench/results/gpu.json").is_file()
+
+
 def test_every_op_is_in_the_table(tables):
     assert set(tables.built()) == {row.op for row in llmkern.kernels()}
 
