@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 import torch
 from cases import GPTQ_CASES, SEARCH_CASES, SPARSEGPT_CASES, BlockCase, SearchCase
+from emulation import GPU
 from ops.test_column_blocks import (
     assert_gptq_block,
     assert_scale_search,
     assert_sparsegpt_block,
 )
-from test_cuda_emulated import GPU, emulated
 from torch import Tensor
 
 from llmkern.ops import _columns, _cuda
 from llmkern.ops.gptq_block.reference import quantize
 
-__all__ = ["emulated"]  # the fixture
 PLANS = [(8, 1), (4, 1), (4, 2), (2, 2)]  # lanes per row, rows per lane
 
 
