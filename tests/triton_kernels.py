@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 must be set before Triton is imported, which torch may do; he
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor
 import llmkern
 from llmkern import testing
 from llmkern._registry import OPS
-from llmkern.ops import _triton_linear
+from llmkern.ops import _triton_linear, _tuning
+from llmkern.ops._tiles import Tiles
 from llmkern.ops.int8_dynamic_linear import reference as int8_dynamic
 from llmkern.ops.int8_dynamic_linear.triton import quantize_rows
 
@@ -116,6 +117,35 @@ def test_steps_of_groups(
     case = LinearCase(op, 6, k, group_size=group_size, symmetric=symmetric, extra=extra)
     x = torch.randn((3, k), generator=generator)
     testing.assert_within(run(case, x, None), *expected(case, x, None), f"{op} {case}")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LinearCase("int8_dynamic_linear", 6, 576),
+        LinearCase("int4_linear", 6, 576, group_size=32, symmetric=False),
+        LinearCase("int4_linear", 6, 600, group_size=200, extra=("int8",)),
+        LinearCase("sparse24_linear", 6, 580),
+    ],
+    ids=lambda case: f"{case.op}-{case}",
+)
+def test_every_variant_of_autotuning(
+    case: LinearCase, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    x = torch.randn((3, case.k), generator=generator).bfloat16()
+    tried = []
+
+    def each(key: Any, usual: Tiles, attempt: Callable[[Tiles], None]) -> Tiles:
+        tried.extend(_tuning.variants(usual))
+        return tried[at]
+
+    monkeypatch.setattr(_tuning, "chosen", each)
+    at = 0
+    while at == 0 or at < len(tried):
+        tried.clear()
+        testing.assert_within(run(case, x, None), *expected(case, x, None), f"{case.op} {case}, variant {at}")
+        at += 1
+    assert at >= 4
 
 
 @pytest.mark.parametrize("m", [33, 70])

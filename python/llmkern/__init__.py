@@ -9,6 +9,7 @@ from llmkern import formats, ops
 from llmkern._registry import force, kernels, refuse_unknown_disabled
 from llmkern._version import __version__
 from llmkern._why import why
+from llmkern.ops._tuning import autotune
 
 if TYPE_CHECKING:
     from llmkern import solvers
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "Report",
     "__version__",
+    "autotune",
     "compress",
     "force",
     "formats",

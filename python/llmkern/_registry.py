@@ -192,6 +192,11 @@ def kernels(op: str | None = None) -> list[Row]:
     ]
 
 
+def forced() -> str | None:
+    """The kernel of the innermost `force` around this, if there is one."""
+    return _forced.get()
+
+
 @contextmanager
 def force(name: str) -> Iterator[None]:
     """Run every op inside on the kernel called `name` (e.g. `"cpu.avx2"`), or raise.

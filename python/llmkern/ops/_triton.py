@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkern import _features
-from llmkern._registry import Op
+from llmkern._registry import Op, forced
 
 
 def add_row(op: Op) -> None:
@@ -31,8 +31,12 @@ def add_row(op: Op) -> None:
         "triton",
         "cpu" if interpreted else "cuda",
         lacking=_features.triton_lacking,
-        yields=(lambda *_: "Triton's interpreter runs only where it is forced") if interpreted else None,
+        rejects=_unforced if interpreted else None,
     )(run)
+
+
+def _unforced(*args: Any) -> str | None:
+    return None if forced() == "triton" else "Triton's interpreter runs only where it is forced"
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:

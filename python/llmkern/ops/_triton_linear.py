@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkern.ops import _triton
+from llmkern.ops import _triton, _tuning
 from llmkern.ops._linear import groups
-from llmkern.ops._tiles import Kind, tiles
+from llmkern.ops._tiles import Kind, Tiles, power_of_two, tiles
 
 BAND = 8  # tiles of w's rows that take turns with all tiles of x, so that both stay in the L2 cache
 REDUCE = (16, 128)  # rows of x and of w of a program that adds up partial sums
@@ -194,28 +194,33 @@ def linear(
     m = y.numel() // n
     operand = operand or operand_type(x, w.dtype)
     one_group = group_size >= k
-    t = tiles(_triton.capability(x), m, n, k, group_size, KINDS.get(operand, "half"), gathers=count is not None)
-    steps = -(-k // t.block_k) if t.whole else groups(k, group_size) * t.per_group
+    capability, kind = _triton.capability(x), KINDS.get(operand, "half")
     integer = operand == torch.int8
     x_groups = integer and x_scales is not None and x_scales.numel() > m
-    partial = None
-    if t.splits > 1:
-        kind = torch.int32 if integer and one_group else torch.float32
-        partial = x.new_empty((t.splits, m, n), dtype=kind)
     bias = None if bias is None else bias.contiguous()
-    product[(-(-m // t.block_m) * -(-n // t.block_n), t.splits)](
-        x.contiguous(), w, second, offsets, scales, zeros, x_scales, bias, y, partial,
-        m, n, k, group_size, groups(k, group_size), stride, 0 if second is None else second.shape[1],
-        steps, t.per_group, t.per_split,
-        load=load, count=count, OPERAND=TYPES[operand], ONE_GROUP=one_group, WHOLE=t.whole,
-        EVEN=t.whole and k % t.block_k == 0, ONE_STEP=t.per_group == 1, SPLIT=t.splits > 1, X_GROUPS=x_groups,
-        ZERO_LATER=integer and zeros is not None and w.dtype == torch.int8,
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, BAND=BAND,
-        num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
-    if partial is not None:
-        add_parts[(-(-n // REDUCE[1]), -(-m // REDUCE[0]))](
-            partial, scales, x_scales, bias, y, m, n, t.splits, ONE_GROUP=one_group,
-            X_ONE_GROUP=integer and not x_groups, BLOCK_M=REDUCE[0], BLOCK_N=REDUCE[1], num_warps=4,
+    x = x.contiguous()
+
+    def launch(t: Tiles) -> None:
+        partial = None
+        if t.splits > 1:
+            partial = x.new_empty((t.splits, m, n), dtype=torch.int32 if integer and one_group else torch.float32)
+        product[(-(-m // t.block_m) * -(-n // t.block_n), t.splits)](
+            x, w, second, offsets, scales, zeros, x_scales, bias, y, partial,
+            m, n, k, group_size, groups(k, group_size), stride, 0 if second is None else second.shape[1],
+            -(-k // t.block_k) if t.whole else groups(k, group_size) * t.per_group, t.per_group, t.per_split,
+            load=load, count=count, OPERAND=TYPES[operand], ONE_GROUP=one_group, WHOLE=t.whole,
+            EVEN=t.whole and k % t.block_k == 0, ONE_STEP=t.per_group == 1, SPLIT=t.splits > 1, X_GROUPS=x_groups,
+            ZERO_LATER=integer and zeros is not None and w.dtype == torch.int8,
+            BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_K=t.block_k, BAND=BAND,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
+        if partial is not None:
+            add_parts[(-(-n // REDUCE[1]), -(-m // REDUCE[0]))](
+                partial, scales, x_scales, bias, y, m, n, t.splits, ONE_GROUP=one_group,
+                X_ONE_GROUP=integer and not x_groups, BLOCK_M=REDUCE[0], BLOCK_N=REDUCE[1], num_warps=4,
+            )  # fmt: skip
+
+    usual = tiles(capability, m, n, k, group_size, kind, gathers=count is not None)
+    key = (capability, power_of_two(m), n, k, group_size, id(load), operand, x_groups)
+    launch(_tuning.chosen(key, usual, launch))
     return y
