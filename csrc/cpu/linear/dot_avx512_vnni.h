@@ -129,8 +129,8 @@ LLMKERN_INLINE I32 low_lanes(I32 a, I32 b) { return {_mm512_unpacklo_epi32(a.v, 
 LLMKERN_INLINE I32 high_lanes(I32 a, I32 b) { return {_mm512_unpackhi_epi32(a.v, b.v)}; }
 LLMKERN_INLINE I32 low_pairs(I32 a, I32 b) { return {_mm512_unpacklo_epi64(a.v, b.v)}; }
 LLMKERN_INLINE I32 high_pairs(I32 a, I32 b) { return {_mm512_unpackhi_epi64(a.v, b.v)}; }
-LLMKERN_INLINE F32 low_lanes(F32 a, F32 b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
-LLMKERN_INLINE F32 high_lanes(F32 a, F32 b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
+LLMKERN_INLINE F32 low_lanes(F32 a, F32 b) { return as_floats(low_lanes(as_dwords(a), as_dwords(b))); }
+LLMKERN_INLINE F32 high_lanes(F32 a, F32 b) { return as_floats(high_lanes(as_dwords(a), as_dwords(b))); }
 LLMKERN_INLINE F32 low_pairs(F32 a, F32 b) { return as_floats(low_pairs(as_dwords(a), as_dwords(b))); }
 LLMKERN_INLINE F32 high_pairs(F32 a, F32 b) { return as_floats(high_pairs(as_dwords(a), as_dwords(b))); }
 

@@ -371,6 +371,9 @@ EMULATED __m512 blend(uint64_t mask, __m512 no, __m512 yes) {
 EMULATED __m512i add_epi32(__m512i a, __m512i b) {
     return map<__m512i, uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x + y; });
 }
+EMULATED __m512i sub_epi32(__m512i a, __m512i b) {
+    return map<__m512i, uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x - y; });
+}
 EMULATED __m512i mullo_epi32(__m512i a, __m512i b) {
     return map<__m512i, uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x * y; });
 }
@@ -464,6 +467,7 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_mask_or_epi32 emulate::mask_or
 #define _mm512_add_epi32 emulate::add_epi32
 #define _mm512_mullo_epi32 emulate::mullo_epi32
+#define _mm512_sub_epi32 emulate::sub_epi32
 #define _mm512_sub_epi8 emulate::sub_epi8
 #undef _mm512_slli_epi16
 #undef _mm512_srli_epi16
