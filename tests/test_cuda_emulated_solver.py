@@ -15,8 +15,11 @@ from cases import GPTQ_CASES, SEARCH_CASES, SPARSEGPT_CASES, BlockCase, SearchCa
 from emulation import GPU
 from ops.test_column_blocks import (
     assert_gptq_block,
+    assert_layers_are_calls,
     assert_scale_search,
     assert_sparsegpt_block,
+    block_args,
+    layers,
 )
 from torch import Tensor
 
@@ -37,8 +40,8 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     lanes, rows, warps = request.param
     usual = _columns.column_plan
 
-    def plan(gpu: _cuda.Gpu, n: int, b: int, prune_m: int) -> _columns.ColumnPlan:
-        return _columns.ColumnPlan(lanes, rows, warps) if prune_m in (0, 4) else usual(gpu, n, b, prune_m)
+    def plan(gpu: _cuda.Gpu, count: int, n: int, b: int, prune_m: int) -> _columns.ColumnPlan:
+        return _columns.ColumnPlan(lanes, rows, warps) if prune_m in (0, 4) else usual(gpu, count, n, b, prune_m)
 
     monkeypatch.setattr(_columns, "column_plan", plan)
 
@@ -119,6 +122,64 @@ def test_blocks_wider_than_the_kernel(emulated: ModuleType, generator: torch.Gen
         t = case.tensors(generator)
         args = (t["w"], t["wc"], t["v"], t["diagonal"], None, *prune, None, None, None, 0)
         assert_sparsegpt_block(case, t, *run(emulated, "sparsegpt_block", *args))
+
+
+LAYERED = [
+    ("gptq_block", BlockCase(70, 24, group_size=10, symmetric=False, mask=0.6, compensated=True)),
+    ("gptq_block", BlockCase(7, 13, symmetric=False)),  # layers start anywhere
+    ("gptq_block", BlockCase(0, 16)),
+    ("sparsegpt_block", BlockCase(70, 24, bits=0, prune=(2, 4), compensated=True)),
+    ("sparsegpt_block", BlockCase(9, 128, group_size=32, symmetric=False, prune=(2, 4), compensated=True)),
+    ("sparsegpt_block", BlockCase(70, 15, bits=0, prune=(1, 3), compensated=True)),
+    ("sparsegpt_block", BlockCase(9, 75, bits=3, mask=0.5, group_size=32, compensated=True)),
+]
+
+
+@each_size()
+@pytest.mark.parametrize(("op", "case"), LAYERED, ids=str)
+@pytest.mark.usefixtures("poisoned", "sizes")
+def test_layers_are_as_calls(emulated: ModuleType, op: str, case: BlockCase, generator: torch.Generator) -> None:
+    for count in (1, 3):
+        assert_layers_are_calls(op, lambda *args: run(emulated, op, *args), case, count, generator)
+
+
+def test_layers_are_one_launch(emulated: ModuleType, generator: torch.Generator) -> None:
+    """By the sizes that are chosen for them, on a GPU so small that several blocks of a layer come up."""
+    calls = []
+
+    def counted(function: Any) -> Any:
+        return lambda *args: (calls.append(args), function(*args))
+
+    for op, case in LAYERED:
+        module = importlib.import_module(f"llmkern.ops.{op}")
+        function = counted(getattr(emulated, op).block)
+        assert_layers_are_calls(
+            op, lambda *args, f=function, m=module: m.cuda("block", f, _cuda.Gpu((8, 0), 1), *args), case, 3, generator
+        )
+        assert len(calls) == (4 if case.n else 0)
+        calls.clear()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_layers_of_blocks_wider_than_the_kernel(emulated: ModuleType, generator: torch.Generator) -> None:
+    """By the rules: a product of all layers need not round as one of each does."""
+    case = BlockCase(5, 300, group_size=50, symmetric=False, mask=0.6, compensated=True)
+    each, whole = layers(case, 3, generator)
+    q = run(emulated, "gptq_block", *block_args("gptq_block", case, whole))
+    for t, part in zip(each, q, strict=True):
+        assert_gptq_block(case, t, part)
+    for prune in ((2, 4), (2, 6)):
+        case = BlockCase(5, 300, bits=0, prune=prune, compensated=True)
+        each, whole = layers(case, 3, generator)
+        q, keep = run(emulated, "sparsegpt_block", *block_args("sparsegpt_block", case, whole))
+        for t, *parts in zip(each, q, keep, strict=True):
+            assert_sparsegpt_block(case, t, *parts)
+
+
+def test_too_many_layers_are_refused(emulated: ModuleType) -> None:
+    w, one = torch.ones(65536, 1, 1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"^gptq_block: cuda\.block: at most 65535 layers, got 65536"):
+        run(emulated, "gptq_block", w, w, w, w, None, one, None, 4)
 
 
 @each_size(warps=1)
@@ -239,8 +300,8 @@ def test_too_many_steps_are_refused() -> None:
 
 
 def test_sizes_fill_the_gpu() -> None:
-    def plan(n: int, b: int = 128, m: int = 0) -> tuple[int, ...]:
-        return tuple(_columns.column_plan(GPU, n, b, m))
+    def plan(n: int, b: int = 128, m: int = 0, count: int = 1) -> tuple[int, ...]:
+        return tuple(_columns.column_plan(GPU, count, n, b, m))
 
     assert plan(1) == (8, 1, 1)
     assert plan(4096) == (8, 1, 8)  # 32 rows for each of 132
@@ -250,3 +311,7 @@ def test_sizes_fill_the_gpu() -> None:
     assert plan(151936) == (2, 2, 8)
     assert plan(4096, m=8) == (4, 1, 4)
     assert plan(1 << 22, b=4, m=4) == (1, 1, 8)
+    assert plan(64, count=8) == (8, 1, 1)
+    assert plan(768, count=128) == (2, 2, 8)
+    assert plan(300, count=128) == (2, 2, 5)  # two blocks of 160 rows, not one of 256 and one of 44
+    assert plan(1, count=1000) == (8, 1, 1)

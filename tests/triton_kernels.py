@@ -274,6 +274,12 @@ def test_sparsegpt_block(case: BlockCase, generator: torch.Generator) -> None:
     blocks.test_sparsegpt_block("sparsegpt_block", "triton", case, generator)
 
 
+@pytest.mark.parametrize(("op", "case"), [("gptq_block", GPTQ[2]), ("sparsegpt_block", SPARSEGPT[2])], ids=str)
+def test_layers_are_as_calls(op: str, case: BlockCase, generator: torch.Generator) -> None:
+    with llmkern.force("triton"):
+        blocks.assert_layers_are_calls(op, OPS[op], case, 3, generator)
+
+
 def test_ties(generator: torch.Generator) -> None:
     blocks.test_equal_scores_prune_the_first("sparsegpt_block", "triton")
     blocks.test_rounding_ties_go_to_even_codes("gptq_block", "triton")

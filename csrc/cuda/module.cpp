@@ -68,15 +68,15 @@ void def_columns(py::module_& op, const char* kernel, void (*run)(const ColumnAr
     op.def(
         kernel,
         [run](Address w, Address wc, Address v, Address diagonal, Address mask, int prune_n, int prune_m,
-              Address scales, Address zeros, Address group, Address q, Address keep, int64_t n, int b, int64_t groups,
-              int bits, int lanes, int rows, int warps, Address stream) {
+              Address scales, Address zeros, Address group, Address q, Address keep, int64_t layers, int64_t n, int b,
+              int64_t groups, int bits, int lanes, int rows, int warps, Address stream) {
             ColumnArgs args{};
             args.w = at<float>(w), args.wc = at<float>(wc), args.v = at<float>(v);
             args.diagonal = at<float>(diagonal), args.mask = at<uint8_t>(mask);
             args.prune_n = prune_n, args.prune_m = mask ? 0 : prune_m;
             args.scales = at<float>(scales), args.zeros = at<int8_t>(zeros), args.group = at<int32_t>(group);
-            args.q = at<float>(q), args.keep = at<uint8_t>(keep), args.n = n, args.b = b, args.groups = groups;
-            args.bits = bits;
+            args.q = at<float>(q), args.keep = at<uint8_t>(keep);
+            args.layers = layers, args.n = n, args.b = b, args.groups = groups, args.bits = bits;
             run(args, ColumnPlan{lanes, rows, warps}, at<void>(stream));
         },
         NoGil());

@@ -24,12 +24,12 @@ def _onednn() -> torch._ops.OpOverloadPacket | None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, K] @ b [K, M], fp32, without gradients; a new tensor."""
+    """a [..., N, K] @ b [..., K, M], fp32, without gradients; a new tensor. Leading dims are the same."""
     if a.is_cuda:
         with full_fp32():
             return a @ b
     op = _onednn()
-    if op is None or not _fits(a, b) or a.shape[0] * a.shape[1] * b.shape[1] < WORTH:
+    if op is None or a.ndim != 2 or not _fits(a, b) or a.shape[0] * a.shape[1] * b.shape[1] < WORTH:
         return a @ b
     # oneDNN has no fast path for a matrix that is a part of a wider one.
     weight = b.T if b.is_contiguous() or b.T.is_contiguous() else b.contiguous().T

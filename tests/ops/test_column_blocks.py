@@ -6,6 +6,9 @@ judged given the kernel's own columns before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import CASES, BlockCase, SearchCase
@@ -97,6 +100,47 @@ def assert_sparsegpt_block(case: BlockCase, t: dict[str, Tensor], q: Tensor, kee
         worst_kept = score.masked_fill(~keep[:, at], torch.inf).amin(1)
         best_pruned = score.masked_fill(keep[:, at], 0).amax(1)
         assert (best_pruned <= worst_kept * (1 + TIE) + TIE).all(), f"columns {at}: the wrong ones were pruned"
+
+
+def block_args(op: str, case: BlockCase, t: dict[str, Tensor]) -> tuple[Any, ...]:
+    """The op's arguments, of one layer or several."""
+    grid = (t["scales"], t["zeros"], t["groups"])
+    if op == "gptq_block":
+        return (t["w"], t["wc"], t["v"], *grid, t["mask"], case.bits)
+    return (t["w"], t["wc"], t["v"], t["diagonal"], t["mask"], *case.prune, *grid, case.bits)
+
+
+def layers(case: BlockCase, count: int, generator: torch.Generator) -> tuple[list[dict], dict[str, Tensor]]:
+    """Tensors of layers of one shape: of each, and of all in one."""
+    each = [case.tensors(generator) for _ in range(count)]
+    return each, {
+        name: x if x is None or name == "groups" else torch.stack([t[name] for t in each])
+        for name, x in each[0].items()
+    }
+
+
+def assert_layers_are_calls(
+    op: str, call: Callable[..., Any], case: BlockCase, count: int, generator: torch.Generator
+) -> None:
+    """A call for all layers gives exactly what a call per layer gives, and leaves its arguments as they are."""
+    each, whole = layers(case, count, generator)
+    before = {name: x.clone() for name, x in whole.items() if x is not None}
+    found = call(*block_args(op, case, whole))
+    wanted = [call(*block_args(op, case, t)) for t in each]
+    for i, result in enumerate((found,) if op == "gptq_block" else found):
+        stacked = torch.stack([one if op == "gptq_block" else one[i] for one in wanted])
+        assert result.shape == (count, case.n, case.b)
+        assert result.is_contiguous()
+        assert torch.equal(result, stacked), f"result {i} of layers {(result != stacked).flatten(1).any(1).tolist()}"
+    assert all(torch.equal(whole[name], x) for name, x in before.items()), "an input was changed"
+
+
+@pytest.mark.of_ops("gptq_block", "sparsegpt_block")
+@pytest.mark.usefixtures("poisoned")
+def test_layers_are_as_calls(op: str, row: str, case: BlockCase, generator: torch.Generator) -> None:
+    with llmkern.force(row):
+        for count in (1, 3):
+            assert_layers_are_calls(op, OPS[op], case, count, generator)
 
 
 @pytest.mark.of_ops("sparsegpt_block")
@@ -227,6 +271,49 @@ def test_sparsegpt_block_refuses(generator: torch.Generator) -> None:
     bad("sparsegpt_block", replaced(args, 10, 4), ValueError, "bits=4 needs scales and groups")
 
 
+def test_layers_that_do_not_fit_are_refused(generator: torch.Generator) -> None:
+    case = BlockCase(5, 12, group_size=4, symmetric=False, mask=0.5)
+    t = layers(case, 3, generator)[1]
+    args = list(block_args("gptq_block", case, t))
+    for at, name, words in (
+        (1, "wc", r"wc must be \[3, 5, 12\] and v \[3, 12, 12\], got \[2, 5, 12\] and \[3, 12, 12\]"),
+        (2, "v", r"w is \[L=3, N=5, B=12\], .*got \[3, 5, 12\] and \[2, 12, 12\]"),
+        (3, "scales", r"scales must be contiguous float32 \[L=3, N=5, G\], got torch.float32 \[2, 5, 3\]"),
+        (4, "zeros", r"zeros must be contiguous int8 \[3, 5, 3\], got torch.int8 \[2, 5, 3\]"),
+        (6, "mask", r"mask must be contiguous bool \[3, 5, 12\], got torch.bool \[2, 5, 12\]"),
+    ):
+        bad("gptq_block", replaced(args, at, args[at][:2]), ValueError, words)
+        bad("gptq_block", replaced(args, at, args[at][0]), ValueError, f"{name} .*got ")  # of one layer, for three
+    single = list(block_args("gptq_block", case, {name: x if name == "groups" else x[0] for name, x in t.items()}))
+    for at in (1, 2, 3, 4, 6):
+        bad("gptq_block", replaced(single, at, args[at]), ValueError, r"w is \[N=5|must be contiguous .*\[(N=)?5")
+    groups = args[5].expand(3, 12).contiguous()
+    bad(
+        "gptq_block",
+        replaced(args, 5, groups),
+        ValueError,
+        r"groups must be contiguous int32 \[B=12\], got .*\[3, 12\]",
+    )
+    for at, name in enumerate(("w", "wc", "v")):
+        for wrong in (args[at][:0], args[at][None], args[at][..., 0, 0], args[at].transpose(0, 1)):
+            bad("gptq_block", replaced(args, at, wrong), ValueError, f"{name} must be a contiguous matrix, or L >= 1")
+
+    args = [t["w"], t["wc"], t["v"], t["diagonal"], None, 2, 4, None, None, None, 0]
+    wanted = r"diagonal must be contiguous float32 \[L=3, B=12\], got torch.float32 "
+    bad("sparsegpt_block", replaced(args, 3, t["diagonal"][0]), ValueError, wanted + r"\[12\]")
+    bad("sparsegpt_block", replaced(args, 3, t["diagonal"][:2]), ValueError, wanted + r"\[2, 12\]")
+
+
+@pytest.mark.of_ops("sparsegpt_block")
+def test_a_grid_without_bits_is_not_looked_at(op: str, row: str, generator: torch.Generator) -> None:
+    case = BlockCase(5, 12, bits=0, prune=(2, 4))
+    args = list(block_args(op, case, layers(case, 3, generator)[1]))
+    with llmkern.force(row):
+        wanted = OPS[op](*args)
+        args[7], args[9] = torch.ones(2, 1), torch.zeros(2, 2, dtype=torch.int32)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, OPS[op](*args), strict=True))
+
+
 def test_scale_search_refuses() -> None:
     args = [torch.ones(3, 8), torch.ones(8), 4, 4, True, 10, 0.5]
     bad("scale_search", replaced(args, 0, torch.ones(3, 8).double()), ValueError, "w must be contiguous float32")
@@ -245,10 +332,14 @@ def test_block_ops_opcheck(op: str, generator: torch.Generator) -> None:
     if op == "scale_search":
         torch.library.opcheck(OPS[op].op, (torch.randn(3, 10), torch.rand(10), 4, 4, False, 5, 0.5))
         return
-    t = BlockCase(3, 8, group_size=4, symmetric=False, mask=0.5).tensors(generator)
-    if op == "gptq_block":
-        del t["diagonal"]
-        torch.library.opcheck(OPS[op].op, (*t.values(), 4))
-    else:
-        args = (t["w"], t["wc"], t["v"], t["diagonal"], None, 2, 4, t["scales"], t["zeros"], t["groups"], 4)
-        torch.library.opcheck(OPS[op].op, args)
+    case = BlockCase(3, 8, group_size=4, symmetric=False, mask=0.5 if op == "gptq_block" else None, prune=(2, 4))
+    each, whole = layers(case, 2, generator)
+    for t in (each[0], whole):
+        torch.library.opcheck(OPS[op].op, block_args(op, case, t))
+
+
+@pytest.mark.parametrize("op", ["gptq_block", "sparsegpt_block"])
+def test_layers_compile(op: str, generator: torch.Generator) -> None:
+    case = BlockCase(3, 8, group_size=4, mask=0.5)
+    compiled = torch.compile(lambda *args: OPS[op](*args), fullgraph=True, backend="aot_eager")
+    assert_layers_are_calls(op, compiled, case, 3, generator)

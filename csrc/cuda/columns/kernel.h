@@ -118,7 +118,8 @@ struct Columns {
     float* const diagonal = v + COLUMNS * COLUMNS;
     int32_t* const group = reinterpret_cast<int32_t*>(diagonal + COLUMNS);
     const int lane = thread() % 32, part = lane / WARP_ROWS;
-    int64_t row[ROWS];
+    int64_t row[ROWS];  // among those of all layers
+    bool beyond[ROWS];  // the layer has no such row: row[] is its last once more, and is not stored
     float* const moved = diagonal + 2 * COLUMNS + (thread() / 32 * WARP_ROWS + lane % WARP_ROWS) * 2 * MAX_GROUP;
     float* const score = moved + MAX_GROUP;
     float x[ROWS][PARTS][4];  // columns 4 * ((p + q) * LANES + part) + i, compensated so far
@@ -133,20 +134,24 @@ struct Columns {
 
     LLMKERN_DEVICE Columns(const ColumnArgs& args, int warps) : a(args), parts((args.b + 4 * LANES - 1) / (4 * LANES)) {
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-            row[r] = ((int64_t(block_x()) * warps + thread() / 32) * ROWS + r) * WARP_ROWS + lane % WARP_ROWS;
+        for (int r = 0; r < ROWS; r++) {
+            const int64_t of_layer =
+                ((int64_t(block_x()) * warps + thread() / 32) * ROWS + r) * WARP_ROWS + lane % WARP_ROWS;
+            beyond[r] = of_layer >= a.n;
+            row[r] = block_y() * a.n + smaller(of_layer, a.n - 1);
+        }
     }
 
-    // Rows beyond the last are the last one's, and are not stored.
-    LLMKERN_DEVICE int64_t row_start(int r) const { return smaller<int64_t>(row[r], a.n - 1) * a.b; }
+    LLMKERN_DEVICE int64_t row_start(int r) const { return row[r] * a.b; }
 
     LLMKERN_DEVICE void load_shared(int threads) const {
         constexpr int FOURS = COLUMNS / 4;
+        const int64_t first = int64_t(block_y()) * a.b;  // of the layer's rows of V' and of its diagonals
         for (int at = thread(); at < COLUMNS * FOURS; at += threads) {
             const int j = at / FOURS, c = at % FOURS * 4;
             if (c + 3 < j || j >= a.b) continue;
             float* const to = v + j * COLUMNS + c;
-            const float* const from = a.v + int64_t(j) * a.b + c;
+            const float* const from = a.v + (first + j) * a.b + c;
             if (a.aligned)
                 copy_async(to, c < a.b ? from : a.v, c < a.b ? 16 : 0);
             else
@@ -154,7 +159,7 @@ struct Columns {
         }
         copy_async_commit();
         for (int j = thread(); j < COLUMNS; j += threads) {
-            if (a.diagonal) diagonal[j] = j < a.b ? a.diagonal[j] : 0.0f;
+            if (a.diagonal) diagonal[j] = j < a.b ? a.diagonal[first + j] : 0.0f;
             if (QUANTIZED) group[j] = j < a.b ? a.group[j] : 0;
         }
         copy_async_wait<0>();
@@ -169,7 +174,7 @@ struct Columns {
             const int64_t at = row_start(r) + first;
             to.w = load_columns(a.w + at, count, a.aligned);
             if (QUANTIZED) {
-                const int64_t start = smaller<int64_t>(row[r], a.n - 1) * a.groups;
+                const int64_t start = row[r] * a.groups;
                 to.zeros = 0;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -207,7 +212,7 @@ struct Columns {
         const int first = 4 * (p * LANES + part), count = a.b - first;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            if (row[r] >= a.n || count <= 0) continue;
+            if (beyond[r] || count <= 0) continue;
             const int64_t at = row[r] * a.b + first;
             if (a.aligned) {
                 *reinterpret_cast<Floats4*>(a.q + at) = w[r];

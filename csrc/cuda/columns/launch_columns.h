@@ -17,9 +17,13 @@ void launch_instance(const char* name, const ColumnArgs& args, const ColumnPlan&
         throw std::runtime_error(std::string(name) + ": at most " + std::to_string(COLUMNS) + " columns and " +
                                  std::to_string(COLUMN_WARPS) + " warps, got " + std::to_string(args.b) + " and " +
                                  std::to_string(plan.warps));
+    if (args.layers > MAX_LAYERS)
+        throw std::runtime_error(std::string(name) + ": at most " + std::to_string(MAX_LAYERS) + " layers, got " +
+                                 std::to_string(args.layers));
     const int rows = plan.warps * (32 / LANES) * ROWS;
     Grid grid;
     grid.x = unsigned((args.n + rows - 1) / rows);
+    grid.y = unsigned(args.layers);
     grid.threads = plan.warps * 32;
     grid.shared_bytes = column_scratch(COLUMNS, PRUNE, rows) * sizeof(float);
     launch(name, columns_kernel<COLUMNS, LANES, ROWS, PRUNE, QUANTIZED>, grid, stream, args, plan.warps);

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkern.ops._columns import by_layer
 from llmkern.ops._tiles import power_of_two
 
 MANY_ROWS = 8192  # from here on a program takes ROWS of them
@@ -133,6 +134,7 @@ def solve_block(
     return q
 
 
+@by_layer
 def run(
     w: Tensor, wc: Tensor, v: Tensor, scales: Tensor, zeros: Tensor | None, groups: Tensor, mask: Tensor | None,
     bits: int,

@@ -2,6 +2,7 @@
 
 The feedback is that of gptq_block; here columns are pruned: by a given mask (unstructured), or n of every m chosen
 inside (SparseGPT, Frantar and Alistarh, arXiv 2301.00774), and kept values may be quantized in the same pass.
+Layers of one shape go in one call as there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from llmkern._registry import Op
 from llmkern.ops import _cuda, _triton
-from llmkern.ops._columns import run_columns
+from llmkern.ops._columns import by_layer, run_columns
 from llmkern.ops._linear import pointer
-from llmkern.ops.gptq_block import check_block, check_devices, check_grid, check_mask
+from llmkern.ops.gptq_block import check_block, check_devices, check_grid, check_mask, layers
 from llmkern.ops.sparsegpt_block.reference import reference
 
 MAX_M = 64  # the native kernels keep one n:m group per row on the stack
@@ -25,14 +26,18 @@ def check(
     w: Tensor, wc: Tensor, v: Tensor, diagonal: Tensor, mask: Tensor | None, prune_n: int, prune_m: int,
     scales: Tensor | None, zeros: Tensor | None, groups: Tensor | None, bits: int,
 ) -> None:  # fmt: skip
-    """As gptq_block, with diagonal fp32 [B] (diag of V); either mask, or B a multiple of prune_m; bits 0 or 2..8."""
+    """As gptq_block, with diagonal fp32 [B] (diag of V); either mask, or B a multiple of prune_m; bits 0 or 2..8.
+
+    With L layers diagonal is [L, B]. q and the mask are as w.
+    """
     name = "sparsegpt_block"
     check_block(name, w, wc, v)
-    b = w.shape[1]
+    b = w.shape[-1]
     check_devices(name, w, diagonal=diagonal)
-    if diagonal.dtype != torch.float32 or diagonal.shape != (b,) or not diagonal.is_contiguous():
+    if diagonal.dtype != torch.float32 or diagonal.shape != (*w.shape[:-2], b) or not diagonal.is_contiguous():
         raise ValueError(
-            f"{name}: diagonal must be contiguous float32 [B={b}], got {diagonal.dtype} {list(diagonal.shape)}"
+            f"{name}: diagonal must be contiguous float32 [{layers(w)}B={b}], "
+            f"got {diagonal.dtype} {list(diagonal.shape)}"
         )
     check_mask(name, w, mask)
     if mask is None and not (0 <= prune_n <= prune_m and 1 <= prune_m <= MAX_M and b % prune_m == 0):
@@ -50,7 +55,7 @@ def native(
     function: Any, w: Tensor, wc: Tensor, v: Tensor, diagonal: Tensor, mask: Any, prune_n: int, prune_m: int,
     scales: Any, zeros: Any, groups: Any, bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pointers for csrc/cpu/sparsegpt_block."""
+    """Pointers for csrc/cpu/sparsegpt_block; one layer."""
     n, b = w.shape
     q, keep = torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)
     function(
@@ -77,7 +82,7 @@ OP: Op = Op(
     check=check,
     fake=lambda checked, w, *rest: (torch.empty_like(w), torch.empty_like(w, dtype=torch.bool)),
 )
-OP.native(native)
+OP.native(by_layer(native))
 _cuda.add_rows(OP, cuda, dtypes=(torch.float32,))
 _triton.add_row(OP)
-OP.kernel("reference", "any")(reference)
+OP.kernel("reference", "any")(by_layer(reference))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmkern.ops._columns import by_layer
 from llmkern.ops.gptq_block.triton import solve_block
 
 
+@by_layer
 def run(
     w: Tensor, wc: Tensor, v: Tensor, diagonal: Tensor, mask: Tensor | None, prune_n: int, prune_m: int,
     scales: Tensor | None, zeros: Tensor | None, groups: Tensor | None, bits: int,
