@@ -9,7 +9,7 @@ which equals GPTQ's update (Frantar et al., arXiv 2210.17323) with U = V^-1; see
 same product for the columns after the block as one GEMM.
 
 Several layers of one shape, the experts of a mixture, go in one call: every tensor but `groups` then has a leading
-dimension L. The values are those of a call per layer.
+dimension L. The values are those of a call per layer (to the bit, but for the products that CUDA takes for B > 128).
 """
 
 from __future__ import annotations
