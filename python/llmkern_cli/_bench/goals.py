@@ -130,7 +130,7 @@ def _judge_at(goal: Goal, rows: Sequence[Row], large: bool, limits: dict[str, An
 
 
 def _share_needed(mine: Row, wanted_us: float) -> float | None:
-    share = mine["limit_share"]
+    share = mine.get("limit_share")  # rows of a GPU are not related to a limit
     return None if share is None else round(share * mine["median_us"] / wanted_us, 3)
 
 
