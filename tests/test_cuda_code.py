@@ -32,13 +32,9 @@ HOPPER = {
     "integer_wgmma_kernel": ["IGMMA.64", "LDGSTS"],
     "sparse_wgmma_kernel": ["HGMMA.SP.64", "LDGSTS"],
 }
-# Bytes of the stack that instances at the limit of 255 registers (or of 128, with 512 threads) use, outside their
-# products: part of the mangled name -> the most.
-SPILLED = {
-    "mask_tile_kernelIa": 24,  # int8 values with groups of columns: the scales of eight pairs of rows
-    "integer_tile_kernelINS0_9Int8CodesELi2ELi2ELb1ELb1E": 8,
-    "sparse_tile_kernelINS0_8KeptInt8": 16,
-}
+# Bytes of the stack that instances at the limit of 255 registers use, outside their products: part of the mangled
+# name -> the most.
+SPILLED = {"mask_tile_kernelIa": 24}  # int8 values with groups of columns: the scales of eight pairs of rows
 ARCHITECTURES = ("80", "90a")
 
 

@@ -228,11 +228,11 @@ def test_rows_yield_only_to_later_ones() -> None:
         order = [kernel for kernel in rows if _cuda.yields(kernel, GPU, m, 4096, 4096) is None]
         assert order[0] == _cuda.best(GPU, m, 4096, 4096)
         assert order[-1] == "stream"
-    assert _cuda.yields("wgmma", GPU, 20, 4096, 4096) == "cuda.mma is faster for 20 rows of x"
+    assert _cuda.yields("wgmma", GPU, 20, 4096, 4096) == "leaves 20 rows of x to cuda.mma"
 
 
 @by_op
-def test_the_table_asks_which_row_is_faster(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_asks_which_row_suits_best(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of an op on a GPU that is not there: the first one that neither refuses nor yields."""
     module = importlib.import_module(f"llmkern.ops.{op}")
     case = LinearCase(op, 64, 64)

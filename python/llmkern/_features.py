@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-try:
-    from llmkern import _C as _native
-except ImportError as error:
-    # A broken or missing build must not hide: the text becomes the reason of every native row (see `llmkern env`).
-    native: ModuleType | None = None
-    native_error = f"the native module failed to load: {error}"
-else:
-    native = _native
-    native_error = ""
 
-try:
-    from llmkern import _cuda
-except ImportError as error:
-    cuda: ModuleType | None = None
-    cuda_error = f"the CUDA module failed to load: {error}"
-else:
-    cuda = _cuda
-    cuda_error = ""
+def _module(name: str, absent: str) -> tuple[ModuleType | None, str]:
+    """A native module, or None and why not.
+
+    A broken or missing build must not hide: the text becomes the reason of every row of it (see `llmkern env`).
+    """
+    if find_spec(f"llmkern.{name}") is None:
+        return None, absent
+    try:
+        return import_module(f"llmkern.{name}"), ""
+    except ImportError as error:
+        return None, f"llmkern.{name} failed to load: {error}"
+
+
+native, native_error = _module("_C", "the native module failed to load: it is not in this build")
+cuda, cuda_error = _module("_cuda", "this build has no CUDA kernels: nvcc was not found, or LLMKERN_CUDA=OFF")
 
 
 class Level(NamedTuple):

@@ -36,7 +36,7 @@ class Kernel:
     """A way to run an op.
 
     `rejects(*args)` returns a sentence when it cannot run on these arguments, `yields(*args)` one when it can, but a
-    later row is faster for them; a forced kernel is not asked whether it yields. `lacking()` says what the machine
+    later row suits them better; a forced kernel is not asked whether it yields. `lacking()` says what the machine
     lacks and is asked only when somebody wants to know: a GPU is not touched at import.
     """
 
@@ -128,7 +128,8 @@ class Op:
         device = args[0].device.type
         forced = _forced.get()
         rows = self.kernels if forced is None else [kernel for kernel in self.kernels if kernel.name == forced]
-        able = (kernel for kernel in rows if kernel.refusal(device, args) is None)
+        # Rows of other devices first and cheaply: this runs once per call.
+        able = (row for row in rows if row.device in (device, "any") and row.refusal(device, args) is None)
         if (found := next(able, None) if forced else self._choice(able, args)) is not None:
             return found
         raise NotImplementedError(self._no_kernel(forced, *args))

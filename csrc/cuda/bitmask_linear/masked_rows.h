@@ -5,6 +5,7 @@
 // values of a chunk are on their way while the chunk before it is multiplied, and the bits one chunk earlier.
 #pragma once
 
+#include "cuda/common/divisor.h"
 #include "cuda/common/instructions.h"
 #include "cuda/common/values.h"
 #include "cuda/linear/reduce.h"
@@ -20,7 +21,7 @@ struct MaskedArgs {
     const void* scales;
     DType scales_dtype;
     int groups;
-    int group_size;
+    Divisor group_size;
     int k;
     int splits;
     Output out;
@@ -102,7 +103,7 @@ struct MaskedRows {
 
     LLMKERN_DEVICE float scale(int row, int column) const {
         const int64_t at = smaller<int64_t>(first_row + row, args.out.n - 1) * args.groups;
-        return load_float(args.scales, at + smaller(column, args.k - 1) / args.group_size, args.scales_dtype);
+        return load_float(args.scales, at + args.group_size.divide(smaller(column, args.k - 1)), args.scales_dtype);
     }
 
     // What was loaded, of this chunk, into the warp's tile.
@@ -123,7 +124,7 @@ struct MaskedRows {
                     float s = scale(row, column);
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        if (i && args.group_size % 4) s = scale(row, column + i);
+                        if (i && args.group_size.divisor % 4) s = scale(row, column + i);
                         w[i] *= s;
                     }
                 }

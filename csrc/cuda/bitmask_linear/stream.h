@@ -28,18 +28,10 @@ struct MaskStream {
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
             const int64_t token = first_token + 8 * t + g;
-            const uint16_t* const at = static_cast<const uint16_t*>(args.x) + token * args.k + column;
+            const uint16_t* const row = static_cast<const uint16_t*>(args.x) + token * args.k;
 #pragma unroll
             for (int i = 0; i < 16; i += 8) {
-                Words4 v{};
-                if (ALIGNED) {
-                    if (token < args.out.m && column + i < args.k) v = load_shared_use(at + i);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        if (token < args.out.m && column + i + j < args.k)
-                            v.w[j / 2] |= uint32_t(at[i + j]) << j % 2 * 16;
-                }
+                const Words4 v = token < args.out.m ? load_halves<ALIGNED>(row, column + i, args.k) : Words4{};
 #pragma unroll
                 for (int j = 0; j < 4; j++) to[t][i / 2 + j] = v.w[j];
             }

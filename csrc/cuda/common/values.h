@@ -26,6 +26,17 @@ LLMKERN_DEVICE V smaller(V a, V b) {
     return a < b ? a : b;
 }
 
+// Eight columns of a row of x that has k of them; zeros beyond. ALIGNED: rows start at multiples of 16 bytes.
+template <bool ALIGNED>
+LLMKERN_DEVICE Words4 load_halves(const uint16_t* row, int column, int k) {
+    if (ALIGNED) return column < k ? load_shared_use(row + column) : Words4{};
+    Words4 v{};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (column + i < k) v.w[i / 2] |= uint32_t(row[column + i]) << i % 2 * 16;
+    return v;
+}
+
 template <class T>
 LLMKERN_DEVICE uint16_t to_bits(float value) {
     return uint16_t(pack2<T>(value, 0.0f));

@@ -2,13 +2,10 @@
 // (dot product of integers - offset * sum of x's codes) * scale of w * scale of x.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
+#include "cuda/common/divisor.h"
 #include "cuda/common/instructions.h"
-#include "cuda/common/launch.h"
 #include "cuda/common/values.h"
-#include "cuda/linear/linear.h"
+#include "cuda/linear/launch.h"
 #include "cuda/linear/quantize.h"
 #include "cuda/linear/reduce.h"
 
@@ -54,7 +51,8 @@ struct IntegerArgs {
     const void* scales;
     DType scales_dtype;
     const int8_t* zeros;
-    int groups, group_size;
+    int groups;
+    Divisor group_size;
     int k, splits;
     DType y_dtype;
     Output out;
@@ -77,20 +75,15 @@ IntegerArgs integer_args(const char* name, const IntegerCodesArgs& args, int row
                          const Plan& plan) {
     const CodesArgs& c = args.codes;
     const LinearArgs& l = c.linear;
-    const auto groups_of = [&l](int64_t size) { return int((l.k + size - 1) / size); };
-    if (l.x_dtype != DType::BF16 && l.x_dtype != DType::F16)
-        throw std::runtime_error(std::string(name) + ": x must be bf16 or fp16");
-    const int groups = groups_of(c.group_size), x_groups = groups_of(x_group);
-    if (groups > 1 && c.group_size % (4 * Format::LANE_COLUMNS))
-        throw std::runtime_error(std::string(name) + ": no multiple of " + std::to_string(4 * Format::LANE_COLUMNS) +
-                                 " columns in a group: " + std::to_string(c.group_size));
+    const int groups = groups_of(l.k, c.group_size), x_groups = groups_of(l.k, x_group);
+    check_group_multiple(name, groups, c.group_size, 4 * Format::LANE_COLUMNS);
     const int padded_k = int((l.k + X_PAD - 1) / X_PAD * X_PAD);
     IntegerArgs to{};
     to.x = l.x;
     to.x_groups = x_groups, to.padded_k = padded_k;
     to.codes = static_cast<const uint8_t*>(c.codes), to.row_bytes = row_bytes;
     to.scales = c.scales, to.scales_dtype = c.scales_dtype, to.zeros = c.zeros;
-    to.groups = groups, to.group_size = int(c.group_size);
+    to.groups = groups, to.group_size = Divisor::of(uint32_t(c.group_size));
     to.k = int(l.k), to.splits = plan.splits;
     to.y_dtype = l.x_dtype;
     to.out = {l.bias, l.bias_dtype, l.y, l.m, l.n};
@@ -102,18 +95,17 @@ IntegerArgs integer_args(const char* name, const IntegerCodesArgs& args, int row
     auto* const sums = reinterpret_cast<int*>(scales + l.m * x_groups);
     to.x_codes = codes, to.x_scales = scales, to.x_sums = sums;
     const bool summed = Format::OFFSET || c.zeros;
-    const QuantizeArgs quantize{l.x,    to.k,          padded_k, x_groups, int(x_group),
-                                groups, to.group_size, codes,    scales,   summed ? sums : nullptr};
+    const QuantizeArgs quantize{
+        l.x, to.k, padded_k, x_groups, int(x_group), groups, int(c.group_size), codes, scales, summed ? sums : nullptr};
     Grid grid;
     grid.x = unsigned(l.m);
     grid.threads = QUANTIZE_WARPS * 32;
     grid.shared_bytes = (QUANTIZE_WARPS + size_t(padded_k) / 16 * 2) * sizeof(int);
-    const bool aligned = l.k % 8 == 0 && aligned16(l.x);
-    const auto start = [&](auto kernel) { launch(name, kernel, grid, l.stream, quantize); };
-    if (l.x_dtype == DType::BF16)
-        aligned ? start(quantize_kernel<Bf16, true>) : start(quantize_kernel<Bf16, false>);
-    else
-        aligned ? start(quantize_kernel<F16, true>) : start(quantize_kernel<F16, false>);
+    const bool aligned = l.k % 8 == 0 && aligned_to(l.x, 16);
+    by_type(name, l.x_dtype, [&](auto type) {
+        using T = decltype(type);
+        launch(name, aligned ? quantize_kernel<T, true> : quantize_kernel<T, false>, grid, l.stream, quantize);
+    });
     return to;
 }
 

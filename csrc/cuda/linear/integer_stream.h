@@ -40,8 +40,8 @@ struct IntegerStream {
 
     struct Stage {
         Words4 w[ROW_TILES][2];
-        float scale[ROW_TILES][2];
-        int offset[ROW_TILES][2];
+        uint32_t scale[ROW_TILES][2];  // bits: what becomes of them must not wait for them
+        int zero[ROW_TILES][2];
     };
     using Raw = Words4[TOKEN_TILES][RAW];          // x as it is in memory
     using Codes = Words4[TOKEN_TILES][LANE / 16];  // and as products take it
@@ -81,11 +81,11 @@ struct IntegerStream {
         return v;
     }
 
-    LLMKERN_DEVICE int offset_at(int64_t at) const { return Format::OFFSET + (args.zeros ? args.zeros[at] : 0); }
+    LLMKERN_DEVICE int zero_at(int64_t at) const { return args.zeros ? args.zeros[at] : 0; }
 
     LLMKERN_DEVICE void load(Stage& stage, int chunk) const {
         const int column = chunk * CHUNK + c * LANE;
-        const int group = smaller(column, args.k - 1) / args.group_size;
+        const int group = args.group_size.divide(smaller(column, args.k - 1));
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
@@ -94,8 +94,8 @@ struct IntegerStream {
                 stage.w[r][h] = load_codes(row, chunk * 64 + c * 16);
                 if (GROUPED) {
                     const int64_t at = row * args.groups + group;
-                    stage.scale[r][h] = load_float(args.scales, at, args.scales_dtype);
-                    stage.offset[r][h] = offset_at(at);
+                    stage.scale[r][h] = load_bits(args.scales, at, args.scales_dtype);
+                    stage.zero[r][h] = zero_at(at);
                 }
             }
     }
@@ -168,7 +168,7 @@ struct IntegerStream {
     // A group's part of the sums, and from zero again.
     LLMKERN_DEVICE void scale_sums(const Stage& stage, int chunk, float (&scale)[TOKEN_TILES][2]) {
         if (X == X_CODES) {
-            const int group = chunk * CHUNK / args.group_size;
+            const int group = args.group_size.divide(chunk * CHUNK);
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
@@ -182,8 +182,9 @@ struct IntegerStream {
             for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float dot = float(sums[r][t][i] - stage.offset[r][i / 2] * x_sums[t][i]);
-                    acc[r][t][i] += dot * (X == X_ROWS ? 1.0f : scale[t][i % 2]) * stage.scale[r][i / 2];
+                    const float dot = float(sums[r][t][i] - (Format::OFFSET + stage.zero[r][i / 2]) * x_sums[t][i]);
+                    acc[r][t][i] += dot * (X == X_ROWS ? 1.0f : scale[t][i % 2]) *
+                                    bits_to_float(stage.scale[r][i / 2], args.scales_dtype);
                     sums[r][t][i] = 0;
                 }
 #pragma unroll
@@ -274,7 +275,8 @@ struct IntegerStream {
 #pragma unroll
                     for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
-                        for (int i = 0; i < 4; i++) sums[r][t][i] -= offset_at(row_at(r, i / 2)) * x_sums[t][i];
+                        for (int i = 0; i < 4; i++)
+                            sums[r][t][i] -= (Format::OFFSET + zero_at(row_at(r, i / 2))) * x_sums[t][i];
             }
             reduce_tiles<ROW_TILES, TOKEN_TILES, INTEGER_STREAM_WARPS>(
                 sums, args.out, first_row, first_token, split, args.splits, [&](int64_t row, int64_t token, int sum) {
@@ -297,14 +299,10 @@ template <class Format>
 void launch_integer_stream(const char* name, const IntegerCodesArgs& from, int row_bytes, int64_t x_group,
                            const Plan& plan) {
     const IntegerArgs args = integer_args<Format>(name, from, row_bytes, x_group, plan);
-    const bool aligned = row_bytes % 16 == 0 && aligned16(args.codes), grouped = args.groups > 1;
+    const bool aligned = row_bytes % 16 == 0 && aligned_to(args.codes, 16), grouped = args.groups > 1;
     const auto start = [&](auto kernel, int row_tiles, int token_tiles, int bytes) {
-        Grid grid;
-        grid.x = unsigned((args.out.n + 16 * row_tiles - 1) / (16 * row_tiles));
-        grid.y = grid.cluster_y = unsigned(plan.splits);
-        grid.z = unsigned((args.out.m + 8 * token_tiles - 1) / (8 * token_tiles));
-        grid.threads = INTEGER_STREAM_WARPS * 32;
-        grid.shared_bytes = size_t(bytes);
+        const Grid grid = tile_grid(args.out.n, args.out.m, 16 * row_tiles, 8 * token_tiles, plan.splits,
+                                    INTEGER_STREAM_WARPS * 32, size_t(bytes));
         launch(name, kernel, grid, from.codes.linear.stream, args);
     };
     // Where x has scales of its own per group, so has w, and where int4 codes have one scale per row, x has too.
@@ -330,7 +328,7 @@ void launch_integer_stream(const char* name, const IntegerCodesArgs& from, int r
         }                                                                                               \
     }
     if (!args.x_codes) {
-        if (!aligned || args.k % 8 || !aligned16(args.x) || plan.token_tiles != 1)
+        if (!aligned || args.k % 8 || !aligned_to(args.x, 16) || plan.token_tiles != 1)
             throw std::runtime_error(std::string(name) +
                                      ": x is quantized inside only for up to 8 rows at a time, where rows of x and w "
                                      "start at multiples of 16 bytes");
@@ -346,8 +344,7 @@ void launch_integer_stream(const char* name, const IntegerCodesArgs& from, int r
     }
 #undef LLMKERN_STREAM_INSIDE
 #undef LLMKERN_STREAM
-    throw std::runtime_error(std::string(name) + ": no instance for " + std::to_string(plan.row_tiles) +
-                             " tiles of rows and " + std::to_string(plan.token_tiles) + " of tokens");
+    no_instance(name, plan);
 }
 
 }  // namespace llmkern::cuda

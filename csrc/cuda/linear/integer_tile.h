@@ -143,8 +143,8 @@ struct IntegerTile {
     const int warp_row = thread() / 32 % 2 * 64, warp_token = thread() / 64 * 8 * TOKEN_TILES;
     int sums[ROW_TILES][TOKEN_TILES][4] = {};
     float acc[GROUPED ? ROW_TILES : 1][GROUPED ? TOKEN_TILES : 1][4] = {};
-    float scale[ROW_TILES][2];  // of the group under way
-    int offset[ROW_TILES][2];
+    uint32_t scale[ROW_TILES][2];  // of the group under way; bits, so that loading them does not wait for them
+    int zero[ROW_TILES][2];
 
     LLMKERN_DEVICE IntegerTile(const IntegerArgs& args, int64_t first_row, int64_t first_token)
         : args(args), first_row(first_row), first_token(first_token) {}
@@ -168,8 +168,8 @@ struct IntegerTile {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int64_t row = smaller<int64_t>(first_row + warp_row + 16 * r + 8 * h + g, args.out.n - 1);
-                scale[r][h] = load_float(args.scales, row * args.groups + group, args.scales_dtype);
-                offset[r][h] = Format::OFFSET + (args.zeros ? args.zeros[row * args.groups + group] : 0);
+                scale[r][h] = load_bits(args.scales, row * args.groups + group, args.scales_dtype);
+                zero[r][h] = args.zeros ? args.zeros[row * args.groups + group] : 0;
             }
     }
 
@@ -222,7 +222,8 @@ struct IntegerTile {
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         int& sum = sums[r][t][2 * h + i];
-                        acc[r][t][2 * h + i] += float(sum - offset[r][h] * x_sum) * x_scale * scale[r][h];
+                        acc[r][t][2 * h + i] += float(sum - (Format::OFFSET + zero[r][h]) * x_sum) * x_scale *
+                                                bits_to_float(scale[r][h], args.scales_dtype);
                         sum = 0;
                     }
             }
@@ -259,10 +260,10 @@ struct IntegerTile {
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; chunk++) {
                 const int column = step * TILE_STEP + chunk * CHUNK;
-                if (GROUPED && column < args.k && group != column / args.group_size) {
+                if (GROUPED && column < args.k && group != args.group_size.divide(column)) {
                     if (group >= 0) scale_sums(group, first_of_group);
-                    group = column / args.group_size;
-                    first_of_group = column == group * args.group_size;
+                    group = args.group_size.divide(column);
+                    first_of_group = column == group * int(args.group_size.divisor);
                     load_scales(group);
                 }
                 multiply(stage, chunk);
@@ -295,7 +296,7 @@ template <class Format>
 void launch_integer_tile(const char* name, const IntegerCodesArgs& from, int row_bytes, int64_t x_group,
                          const Plan& plan) {
     const IntegerArgs args = integer_args<Format>(name, from, row_bytes, x_group, plan);
-    const bool aligned = row_bytes % 16 == 0 && aligned16(args.codes), grouped = args.groups > 1;
+    const bool aligned = row_bytes % 16 == 0 && aligned_to(args.codes, 16), grouped = args.groups > 1;
     const auto start = [&](auto kernel, int token_warps, int token_tiles) {
         Grid grid;
         const int tokens = 8 * token_warps * token_tiles;
@@ -316,8 +317,7 @@ void launch_integer_tile(const char* name, const IntegerCodesArgs& from, int row
     if (plan.token_tiles == 8) LLMKERN_TILE(2, 4, false, true);
     if (plan.token_tiles == 16 && !grouped) LLMKERN_TILE(4, 4, false, true);
 #undef LLMKERN_TILE
-    throw std::runtime_error(std::string(name) + ": no instance for " + std::to_string(plan.token_tiles) +
-                             " tiles of tokens");
+    no_instance(name, plan);
 }
 
 }  // namespace llmkern::cuda

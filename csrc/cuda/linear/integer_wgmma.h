@@ -92,9 +92,9 @@ struct IntegerWgmma {
             if (step + STAGES - 2 < last) load(step + STAGES - 2);
             copy_async_commit();
             if constexpr (GROUPED) {
-                const int column = step * TILE_STEP, group = column / args.group_size;
-                first_of_group |= column == group * args.group_size;
-                if (step + 1 == last || (column + TILE_STEP) % args.group_size == 0) {
+                const int column = step * TILE_STEP, group = args.group_size.divide(column);
+                first_of_group |= column == group * int(args.group_size.divisor);
+                if (step + 1 == last || (column + TILE_STEP) % int(args.group_size.divisor) == 0) {
                     wgmma_wait<0>();
                     scale_sums(group, first_of_group);
                     first_of_group = false;
@@ -131,11 +131,9 @@ __global__ void __launch_bounds__(256) integer_wgmma_kernel(IntegerArgs args) {
 inline void launch_integer_wgmma(const char* name, const IntegerCodesArgs& from, const Plan& plan) {
     const int64_t k = from.codes.linear.k;
     const IntegerArgs args = integer_args<Int8Codes>(name, from, int(k), k, plan);
-    const bool aligned = k % 16 == 0 && aligned16(args.codes), grouped = args.groups > 1;
+    const bool aligned = k % 16 == 0 && aligned_to(args.codes, 16), grouped = args.groups > 1;
     if (!args.x_codes) throw std::runtime_error(std::string(name) + ": needs room for quantized x");
-    if (grouped && args.group_size % TILE_STEP)
-        throw std::runtime_error(std::string(name) +
-                                 ": no multiple of 128 columns in a group: " + std::to_string(args.group_size));
+    check_group_multiple(name, args.groups, from.codes.group_size, TILE_STEP);
     const auto start = [&](auto kernel, int tokens) {
         Grid grid;
         grid.x = unsigned((args.out.n + TILE_ROWS - 1) / TILE_ROWS * ((args.out.m + tokens - 1) / tokens));
@@ -158,8 +156,7 @@ inline void launch_integer_wgmma(const char* name, const IntegerCodesArgs& from,
     // Sums of groups and of rows side by side leave no registers for more.
     if (plan.token_tiles == 16 && !grouped) return start(integer_wgmma_kernel<128, false, true>, 128);
     if (plan.token_tiles == 32 && !grouped) return start(integer_wgmma_kernel<256, false, true>, 256);
-    throw std::runtime_error(std::string(name) + ": no instance for " + std::to_string(plan.token_tiles) +
-                             " tiles of tokens");
+    no_instance(name, plan);
 }
 
 }  // namespace llmkern::cuda

@@ -17,7 +17,7 @@ void launch_mma(const char* name, const CodesArgs& args, int row_bytes, const Pl
             return launch_tile<Few>(name, tile_kernel<Few>, args.linear, to);
         if (plan.row_tiles * 16 == Many::ROWS && plan.token_tiles * 8 <= Many::TOKENS)
             return launch_tile<Many>(name, tile_kernel<Many>, args.linear, to);
-        no_tile(name, plan);
+        no_instance(name, plan);
     });
 }
 

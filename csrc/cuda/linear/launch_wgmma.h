@@ -20,7 +20,7 @@ void launch_wgmma(const char* name, const CodesArgs& args, int row_bytes, const 
         LLMKERN_WGMMA_TILE(1, 128);
         LLMKERN_WGMMA_TILE(2, 128);
 #undef LLMKERN_WGMMA_TILE
-        no_tile(name, plan);
+        no_instance(name, plan);
     });
 }
 

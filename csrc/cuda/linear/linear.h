@@ -7,8 +7,6 @@
 
 namespace llmkern::cuda {
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 struct LinearArgs {
     const void* x;  // [m, k], bf16 or fp16
     DType x_dtype;

@@ -2,8 +2,6 @@
 // defines it. A row (or group) with a NaN or an infinity gets the scale NaN, which reaches its own results only.
 #pragma once
 
-#include <cmath>
-
 #include "cuda/common/instructions.h"
 #include "cuda/common/values.h"
 
@@ -42,7 +40,7 @@ struct Steps {
 // The byte of a code is the lowest of this number. Adding 1.5 * 2^23 rounds half to even, as round() does; what is
 // between the product and the sum keeps them from being one operation, which would round once instead of twice.
 LLMKERN_DEVICE uint32_t code_of(float x, float inverse) {
-    return float_bits(fminf(fmaxf(x * inverse, -127.0f), 127.0f) + 12582912.0f);
+    return float_bits(minimum(maximum(x * inverse, -127.0f), 127.0f) + 12582912.0f);
 }
 
 // Sixteen columns.
@@ -60,17 +58,6 @@ LLMKERN_DEVICE Words4 quantize(const Words4& first, const Words4& second, float 
         codes.w[i] = permute(half[0], half[1], 0x5410);
     }
     return codes;
-}
-
-// Eight columns of a row that has k; zeros beyond.
-template <bool ALIGNED>
-LLMKERN_DEVICE Words4 load_halves(const uint16_t* row, int column, int k) {
-    if (ALIGNED) return column < k ? load_shared_use(row + column) : Words4{};
-    Words4 v{};
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (column + i < k) v.w[i / 2] |= uint32_t(row[column + i]) << i % 2 * 16;
-    return v;
 }
 
 struct QuantizeArgs {

@@ -56,7 +56,7 @@ struct Stream {
     int zero[ROW_TILES][2] = {};
 
     const uint8_t* const codes_at;      // of this lane's first row, its part of the first chunk
-    const uint16_t* x_at[TOKEN_TILES];  // of this lane's rows of x, likewise
+    const uint16_t* x_at[TOKEN_TILES];  // this lane's rows of x
 
     LLMKERN_DEVICE Stream(const StreamArgs& args, int first_row, int64_t first_token)
         : args(args),
@@ -67,7 +67,7 @@ struct Stream {
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
             const int64_t token = smaller<int64_t>(first_token + 8 * t + g, args.out.m - 1);
-            x_at[t] = static_cast<const uint16_t*>(args.x) + token * args.k + c * LANE;
+            x_at[t] = static_cast<const uint16_t*>(args.x) + token * args.k;
         }
     }
 
@@ -86,17 +86,9 @@ struct Stream {
         const int column = chunk * CHUNK + c * LANE + half * LANE / 2;
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
-            const uint16_t* const at = x_at[t] + int64_t(chunk) * CHUNK + half * LANE / 2;
 #pragma unroll
             for (int i = 0; i < HALF_PAIRS; i += 4) {
-                Words4 v{};
-                if (ALIGNED) {
-                    if (column + 2 * i < args.k) v = load_shared_use(at + 2 * i);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        if (column + 2 * i + j < args.k) v.w[j / 2] |= uint32_t(at[2 * i + j]) << j % 2 * 16;
-                }
+                const Words4 v = load_halves<ALIGNED>(x_at[t], column + 2 * i, args.k);
 #pragma unroll
                 for (int j = 0; j < 4; j++) to[t][i + j] = v.w[j];
             }

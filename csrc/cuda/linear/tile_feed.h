@@ -12,6 +12,7 @@
 // small scale's bits: there, the power of two of a row's first scale waits for the end too.
 #pragma once
 
+#include "cuda/common/divisor.h"
 #include "cuda/common/instructions.h"
 #include "cuda/common/matrix_descriptor.h"
 #include "cuda/common/values.h"
@@ -28,8 +29,7 @@ struct TileArgs {
     DType scales_dtype;
     const int8_t* zeros;
     int groups;
-    int group_units;         // of LANE_COLUMNS
-    uint32_t group_inverse;  // of group_units, for numerators that fit (see group_of); 0 if they do not
+    Divisor group_units;  // of LANE_COLUMNS
     int k;
     int splits;                     // blocks of a cluster, each with a share of the stages
     int tokens;                     // rows of x of a block, at most TOKENS
@@ -68,13 +68,6 @@ LLMKERN_DEVICE void copy_now(void* to, const void* from, int bytes) {
     *static_cast<Words4*>(to) = v;
 }
 
-// unit / group_units. With the inverse i = ceil(2^32 / u) a quotient is exact as long as its numerator times u is below
-// 2^32: i u exceeds 2^32 by less than u.
-LLMKERN_DEVICE int group_of(const TileArgs& args, int unit) {
-    if (args.group_units == 1) return unit;
-    return args.group_inverse ? int(uint64_t(uint32_t(unit)) * args.group_inverse >> 32) : unit / args.group_units;
-}
-
 struct alignas(8) TileScale {
     uint32_t scale, offset;
 };
@@ -98,7 +91,8 @@ struct TileFeed {
     const int tokens;       // that exist
     const int first, last;  // stages
     const bool wide;        // one scale for 64 columns
-    float scale[HELD], factor[HELD];
+    uint32_t scale[HELD];   // bits: what becomes of them must not wait for them
+    float factor[HELD];
     int zero[HELD];
 
     LLMKERN_DEVICE TileFeed(const TileArgs& args, int64_t first_row, int64_t first_token, int split)
@@ -108,7 +102,7 @@ struct TileFeed {
           tokens(int(smaller<int64_t>(args.tokens, args.out.m - first_token))),
           first(int(int64_t(stages(args)) * split / args.splits)),
           last(int(int64_t(stages(args)) * (split + 1) / args.splits)),
-          wide(args.groups <= 1 || args.group_units % SLOTS == 0) {}
+          wide(args.groups <= 1 || args.group_units.divisor % SLOTS == 0) {}
 
     static LLMKERN_DEVICE int stages(const TileArgs& args) {
         return (args.k + PARTS * TILE_COLUMNS - 1) / (PARTS * TILE_COLUMNS);
@@ -209,9 +203,9 @@ struct TileFeed {
             const Entry<WIDE> entry(i);
             if (!entry.exists()) continue;
             const int unit = (stage * PARTS + entry.part) * SLOTS + entry.slot;
-            const int group = args.groups > 1 ? smaller(group_of(args, unit), args.groups - 1) : 0;
+            const int group = args.groups > 1 ? smaller(args.group_units.divide(unit), args.groups - 1) : 0;
             const int64_t at = first_scale(entry.row) + group;
-            scale[i] = load_float(args.scales, at, args.scales_dtype);
+            scale[i] = load_bits(args.scales, at, args.scales_dtype);
             zero[i] = args.zeros ? args.zeros[at] : 0;
         }
     }
@@ -236,7 +230,8 @@ struct TileFeed {
         for (int i = 0; i < Entry<WIDE>::HELD; i++) {
             const Entry<WIDE> entry(i);
             if (!entry.exists()) continue;
-            const float scaled = std::is_same_v<T, F16> ? scale[i] * factor[i] : scale[i];
+            const float value = bits_to_float(scale[i], args.scales_dtype);
+            const float scaled = std::is_same_v<T, F16> ? value * factor[i] : value;
             scales(stage, entry.part)[entry.row * SLOTS + entry.slot] = {
                 args.groups > 1 ? pack2<T>(scaled, scaled) : Magic<T>::ONE,
                 Format::template neighbour_offset<T>(zero[i])};

@@ -8,6 +8,7 @@
 // Which columns a product takes together is free, as long as x and positions are arranged alike.
 #pragma once
 
+#include "cuda/common/divisor.h"
 #include "cuda/common/instructions.h"
 #include "cuda/common/values.h"
 #include "cuda/linear/codes.h"
@@ -23,7 +24,7 @@ struct SparseArgs {
     const void* scales;
     DType scales_dtype;
     int groups;
-    int group_size;
+    Divisor group_size;
     int k;
     int splits;
     Output out;
@@ -103,7 +104,7 @@ struct KeptRows {
     struct Stage {
         uint32_t w[ROW_TILES][2][WORDS];
         uint32_t positions[ROW_TILES][2];
-        float scale[ROW_TILES][2][SCALES];
+        uint32_t scale[ROW_TILES][2][SCALES];  // bits: what becomes of them must not wait for them
     };
 
     const SparseArgs& args;
@@ -165,13 +166,13 @@ struct KeptRows {
         if constexpr (SCALED != Scaled::NOT) {
 #pragma unroll
             for (int i = 0; i < SCALES; i++) {
-                const int group = smaller(column + i * PART_COLUMNS, args.k - 1) / args.group_size;
+                const int group = args.group_size.divide(smaller(column + i * PART_COLUMNS, args.k - 1));
 #pragma unroll
                 for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
                     for (int h = 0; h < 2; h++)
                         stage.scale[r][h][i] =
-                            load_float(args.scales, row(r, h) * args.groups + group, args.scales_dtype);
+                            load_bits(args.scales, row(r, h) * args.groups + group, args.scales_dtype);
             }
         }
     }
@@ -184,14 +185,14 @@ struct KeptRows {
     }
 
     // The left factors of a part's two products.
-    static LLMKERN_DEVICE void factors(const Stage& stage, int r, int part, uint32_t (&a)[2][4]) {
+    LLMKERN_DEVICE void factors(const Stage& stage, int r, int part, uint32_t (&a)[2][4]) const {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             uint32_t pairs[PART_PAIRS];
             Format::template decode<T>(stage.w[r][h] + part * WORDS / PARTS, pairs);
             if constexpr (SCALED == Scaled::WEIGHTS) {
                 // In two parts, so that a weight is rounded once.
-                const float scale = stage.scale[r][h][part];
+                const float scale = bits_to_float(stage.scale[r][h][part], args.scales_dtype);
                 const uint32_t high = pack2<T>(scale, scale);
                 const float rest = scale - to_float<T>(uint16_t(high));
                 const uint32_t low = pack2<T>(rest, rest);

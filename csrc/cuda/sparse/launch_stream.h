@@ -24,13 +24,13 @@ void launch_sparse_stream(const SparseCall& call, const Plan& plan) {
     constexpr int ROWS = SCALED == Scaled::NOT ? 4 : 2;
     LLMKERN_STREAM(ROWS, 2, 2);
 #undef LLMKERN_STREAM
-    call.no_instance(plan);
+    no_instance(call.name, plan);
 }
 
 template <class Format>
 void launch_sparse_stream(const char* name, const KeptArgs& args, int row_bytes, const Plan& plan) {
     const SparseCall call = sparse_call<Format>(name, args, row_bytes, plan.splits);
-    for_type_of_x(name, args.linear.x_dtype, [&](auto type) {
+    by_type(name, args.linear.x_dtype, [&](auto type) {
         using T = decltype(type);
         // What is not aligned takes the finest way throughout.
         if constexpr (std::is_same_v<Format, Kept16>) {

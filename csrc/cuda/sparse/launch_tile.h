@@ -16,17 +16,17 @@ void launch_sparse_tile_instance(const SparseCall& call) {
 
 template <class Format, class T, Scaled SCALED>
 void launch_sparse_tile(const SparseCall& call, const Plan& plan) {
-    if (plan.row_tiles != 8) call.no_instance(plan);
+    if (plan.row_tiles != 8) no_instance(call.name, plan);
     if (plan.token_tiles == 4) return launch_sparse_tile_instance<Format, T, 1, 4, 8, 1, SCALED, true>(call);
     if (plan.token_tiles == 8) return launch_sparse_tile_instance<Format, T, 1, 8, 8, 1, SCALED, true>(call);
     if (plan.token_tiles == 16) return launch_sparse_tile_instance<Format, T, 2, 8, 4, 2, SCALED, true>(call);
-    call.no_instance(plan);
+    no_instance(call.name, plan);
 }
 
 template <class Format>
 void launch_sparse_tile(const char* name, const KeptArgs& args, int row_bytes, const Plan& plan) {
     const SparseCall call = sparse_call<Format>(name, args, row_bytes, plan.splits);
-    for_type_of_x(name, args.linear.x_dtype, [&](auto type) {
+    by_type(name, args.linear.x_dtype, [&](auto type) {
         using T = decltype(type);
         // What is not aligned takes the finest way throughout.
         if constexpr (std::is_same_v<Format, Kept16>) {

@@ -15,10 +15,10 @@ void launch_sparse_wgmma_instance(const SparseCall& call) {
 
 template <class Format, class T, Scaled SCALED>
 void launch_sparse_wgmma(const SparseCall& call, const Plan& plan) {
-    if (plan.row_tiles != 8) call.no_instance(plan);
+    if (plan.row_tiles != 8) no_instance(call.name, plan);
     if (plan.token_tiles == 8) return launch_sparse_wgmma_instance<Format, T, 8, SCALED, true>(call);
     if (plan.token_tiles == 16) return launch_sparse_wgmma_instance<Format, T, 16, SCALED, true>(call);
-    call.no_instance(plan);
+    no_instance(call.name, plan);
 }
 
 // Only what is aligned: the rest is cuda.mma's.
@@ -26,7 +26,7 @@ template <class Format>
 void launch_sparse_wgmma(const char* name, const KeptArgs& args, int row_bytes, const Plan& plan) {
     const SparseCall call = sparse_call<Format>(name, args, row_bytes, plan.splits);
     if (!call.aligned) throw std::runtime_error(std::string(name) + ": rows or pointers are not aligned");
-    for_type_of_x(name, args.linear.x_dtype, [&](auto type) {
+    by_type(name, args.linear.x_dtype, [&](auto type) {
         using T = decltype(type);
         if constexpr (std::is_same_v<Format, Kept16>) {
             launch_sparse_wgmma<Format, T, Scaled::NOT>(call, plan);

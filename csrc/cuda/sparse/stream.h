@@ -36,18 +36,10 @@ struct SparseStream {
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
             const int64_t token = first_token + 8 * t + g;
-            const uint16_t* const at = static_cast<const uint16_t*>(args.x) + token * args.k + column;
+            const uint16_t* const row = static_cast<const uint16_t*>(args.x) + token * args.k;
 #pragma unroll
             for (int i = 0; i < PART_COLUMNS; i += 8) {
-                Words4 v{};
-                if (ALIGNED) {
-                    if (token < args.out.m && column + i < args.k) v = load_shared_use(at + i);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        if (token < args.out.m && column + i + j < args.k)
-                            v.w[j / 2] |= uint32_t(at[i + j]) << j % 2 * 16;
-                }
+                const Words4 v = token < args.out.m ? load_halves<ALIGNED>(row, column + i, args.k) : Words4{};
 #pragma unroll
                 for (int j = 0; j < 4; j++) to[t][i / 2 + j] = v.w[j];
             }
@@ -82,7 +74,7 @@ struct SparseStream {
 #pragma unroll
             for (int r = 0; r < ROW_TILES; r++) {
                 uint32_t a[2][4];
-                Rows::factors(stage, r, part, a);
+                rows.factors(stage, r, part, a);
 #pragma unroll
                 for (int t = 0; t < TOKEN_TILES; t++) {
                     mma_sparse<T, 0>(into[r][t], a[0], b[0][t], positions[r][part]);
@@ -96,7 +88,8 @@ struct SparseStream {
 #pragma unroll
                 for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) acc[r][t][i] += stage.scale[r][i / 2][0] * sums[r][t][i];
+                    for (int i = 0; i < 4; i++)
+                        acc[r][t][i] += bits_to_float(stage.scale[r][i / 2][0], args.scales_dtype) * sums[r][t][i];
         }
     }
 

@@ -75,7 +75,7 @@ struct SparseTile {
         for (int part = 0; part < PARTS; part++) {
             uint32_t a[ROW_TILES][2][4];
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; r++) Rows::factors(stage, r, part, a[r]);
+            for (int r = 0; r < ROW_TILES; r++) rows.factors(stage, r, part, a[r]);
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; t++) {
                 uint32_t b[2][4];
@@ -131,7 +131,7 @@ struct SparseTile {
 
 template <class Format, class T, int ROW_TILES, int TOKEN_TILES, int ROW_WARPS, int TOKEN_WARPS, Scaled SCALED,
           bool ALIGNED>
-__global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS) sparse_tile_kernel(SparseArgs args) {
+__global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS, 1) sparse_tile_kernel(SparseArgs args) {
     using Tile = SparseTile<Format, T, ROW_TILES, TOKEN_TILES, ROW_WARPS, TOKEN_WARPS, SCALED, ALIGNED>;
     Tile tile(args, int64_t(block_x()) * Tile::ROWS, int64_t(block_z()) * Tile::TOKENS);
     tile.run(block_y());

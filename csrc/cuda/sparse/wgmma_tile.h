@@ -30,7 +30,7 @@ struct SparseWarpgroupTile : SparseTile<Format, T, 1, TOKEN_TILES, 8, 1, SCALED,
     LLMKERN_DEVICE void decode(const typename Rows::Stage& stage, Factors& factors) const {
         Rows::positions(stage, 0, factors.positions);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) Rows::factors(stage, 0, part, factors.a[part]);
+        for (int part = 0; part < PARTS; part++) rows.factors(stage, 0, part, factors.a[part]);
     }
 
     LLMKERN_DEVICE void multiply(const Factors& factors, int x_stage) {

@@ -69,6 +69,7 @@ def _refused(kernel: str, gpu: Gpu) -> str:
     return ""
 
 
+@lru_cache(4096)
 def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     """Sizes of `cuda.stream`. lane_columns: columns of K in 16 bytes of w (32 for int4, 16 for int8).
 
@@ -78,14 +79,9 @@ def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     bits = 128 // lane_columns
     row_tiles = 4 if m > 8 else 2 if m > 8 // bits else 1
     token_tiles = 2 if m > 8 else 1
-    blocks = -(-n // (16 * row_tiles)) * -(-m // (8 * token_tiles))
+    blocks = _blocks(n, row_tiles) * -(-m // (8 * token_tiles))
     wanted = gpu.multiprocessors * (2 if row_tiles == 1 else 1)
-    splits = 1
-    while gpu.capability >= (9, 0) and splits < 8 and blocks * splits < wanted:
-        if k < 2 * splits * STREAM_WARPS * 4 * lane_columns:
-            break
-        splits *= 2
-    return Plan(row_tiles, token_tiles, splits)
+    return Plan(row_tiles, token_tiles, cluster(gpu, blocks, wanted, k // (STREAM_WARPS * 4 * lane_columns)))
 
 
 def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
@@ -101,7 +97,7 @@ def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     token_tiles = -(-m // (8 * token_blocks))
     blocks = _blocks(n, row_tiles) * token_blocks
     # Small blocks ask for little at a time: two for each multiprocessor.
-    return Plan(row_tiles, token_tiles, _cluster(gpu, blocks if row_tiles == 8 else blocks // 2, k, 4 * columns))
+    return Plan(row_tiles, token_tiles, _idle(gpu, blocks if row_tiles == 8 else blocks // 2, k // (4 * columns)))
 
 
 def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
@@ -111,23 +107,27 @@ def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     small, large = _blocks(n, 8) * token_blocks, _blocks(n, 16) * token_blocks
     if token_tiles == 16 and 2 * -(-large // gpu.multiprocessors) <= -(-small // gpu.multiprocessors):
         return Plan(16, token_tiles, 1)
-    return Plan(8, token_tiles, _cluster(gpu, small, k, 512))
+    return Plan(8, token_tiles, _idle(gpu, small, k // 512))
 
 
 def _blocks(n: int, row_tiles: int) -> int:
     return -(-n // (16 * row_tiles))
 
 
-def _cluster(gpu: Gpu, blocks: int, k: int, least: int) -> int:
-    """Blocks that divide K until every multiprocessor has one, as long as each has `least` columns."""
+def cluster(gpu: Gpu, blocks: int, wanted: int, most: int) -> int:
+    """Blocks of a cluster that divide K: doubled while there are fewer blocks than wanted and K has parts for more."""
     splits = 1
-    while gpu.capability >= (9, 0) and splits < 8 and 2 * blocks * splits <= gpu.multiprocessors:
-        if k < 2 * splits * least:
-            break
+    while gpu.capability >= (9, 0) and splits < 8 and blocks * splits < wanted and 2 * splits <= most:
         splits *= 2
     return splits
 
 
+def _idle(gpu: Gpu, blocks: int, most: int) -> int:
+    """The same while at least half of the multiprocessors have no block."""
+    return cluster(gpu, blocks, gpu.multiprocessors // 2 + 1, most)
+
+
+@lru_cache(4096)
 def codes_plan(kernel: str, gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     """Sizes for int4 and int8 weights with x kept, see `stream_plan`."""
     m = max(m, 1)
@@ -156,23 +156,24 @@ def best_integer(gpu: Gpu, m: int) -> str:
 
 def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
     """Why `kernel` leaves a product with x kept to a later row."""
-    return _leaves_to(best(gpu, m, n, k), kernel, m)
+    return leaves_to(best(gpu, m, n, k), kernel, m)
 
 
 def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
     """Why `kernel` leaves a product with quantized x to a later row."""
     if kernel.endswith("_int8"):
-        return _leaves_to("stream_int8" if m <= 16 else "mma_int8", kernel, m)
-    return _leaves_to(best_integer(gpu, m), kernel, m)
+        return leaves_to("stream_int8" if m <= 16 else "mma_int8", kernel, m)
+    return leaves_to(best_integer(gpu, m), kernel, m)
 
 
-def _leaves_to(faster: str, kernel: str, m: int) -> str | None:
-    """A later row: to an earlier one, which did not run, it cannot."""
-    if ORDER.index(faster) <= ORDER.index(kernel):
+def leaves_to(better: str, kernel: str, m: int) -> str | None:
+    """Why `kernel` leaves m rows of x to a later row; to an earlier one, which did not run, it cannot."""
+    if ORDER.index(better) <= ORDER.index(kernel):
         return None
-    return f"cuda.{faster} is faster for {m} rows of x"
+    return f"leaves {m} rows of x to cuda.{better}"
 
 
+@lru_cache(4096)
 def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int) -> Plan:
     """Sizes of `cuda.mma` and `cuda.wgmma` with quantized x: 128 rows of w and as many rows of x as can be kept busy.
 
@@ -187,7 +188,7 @@ def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int
     else:
         token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
     blocks = rows * -(-m // (8 * token_tiles))
-    return Plan(8, token_tiles, _cluster(gpu, blocks, k, 512))
+    return Plan(8, token_tiles, _idle(gpu, blocks, k // 512))
 
 
 def quantizes_inside(m: int, k: int) -> bool:
@@ -226,7 +227,7 @@ def add_rows(
     """One row per CUDA kernel of this op that is built.
 
     `call(kernel, function, gpu, x, ...)` runs the native `function`; `rejects(kernel, x, ...)` is asked first, and
-    `yields(kernel, gpu, x, ...)` whether a later row is faster. dtypes: those of x that its kernels take.
+    `yields(kernel, gpu, x, ...)` whether a later row suits it better. dtypes: those of x that its kernels take.
     """
     if _features.cuda is None:
         op.kernel("cuda.native", "cuda", reason=_features.cuda_error)(call)

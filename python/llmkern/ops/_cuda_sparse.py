@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,7 @@ def best(gpu: _cuda.Gpu, m: int, *, wgmma: bool) -> str:
 def yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *, wgmma: bool) -> str | None:
     """Why `kernel` leaves x to a later row, if it does."""
     m = rows_of(x)
-    faster = best(gpu, m, wgmma=wgmma)
-    if _cuda.ORDER.index(faster) <= _cuda.ORDER.index(kernel):
-        return None
-    return f"cuda.{faster} is faster for {m} rows of x"
+    return _cuda.leaves_to(best(gpu, m, wgmma=wgmma), kernel, m)
 
 
 def rows_of(x: Tensor) -> int:
@@ -38,6 +37,7 @@ def rows_of(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
 
+@lru_cache(4096)
 def kept_plan(kernel: str, gpu: _cuda.Gpu, m: int, n: int, k: int, *, scaled: bool) -> _cuda.Plan:
     """Sizes of the kernels over 2:4 weights, of which a warp takes 64 columns at a time, or 128 with scales."""
     chunk = 128 if scaled else 64
@@ -49,27 +49,22 @@ def kept_plan(kernel: str, gpu: _cuda.Gpu, m: int, n: int, k: int, *, scaled: bo
         row_tiles, wanted, most = TILE_ROWS // 16, gpu.multiprocessors, k // (4 * chunk)
         token_tiles = 16 if m > 64 else 4 if m <= 32 and kernel == "mma" else 8
     blocks = -(-n // (16 * row_tiles)) * -(-m // (8 * token_tiles))
-    return _cuda.Plan(row_tiles, token_tiles, _splits(gpu, blocks, wanted, most))
+    return _cuda.Plan(row_tiles, token_tiles, _cuda.cluster(gpu, blocks, wanted, most))
 
 
+@lru_cache(4096)
 def mask_plan(kernel: str, gpu: _cuda.Gpu, m: int, n: int, k: int) -> _cuda.Plan:
     """Sizes of the kernels of bitmask_linear, whose warps take 16 rows of w each."""
     if kernel == "stream":
         token_tiles = 2 if m > 8 else 1
         blocks = -(-n // 16) * -(-m // (8 * token_tiles))
         most = -(-k // (MASK_CHUNK * _cuda.STREAM_WARPS))
-        return _cuda.Plan(1, token_tiles, _splits(gpu, blocks, 2 * gpu.multiprocessors, most))
+        return _cuda.Plan(1, token_tiles, _cuda.cluster(gpu, blocks, 2 * gpu.multiprocessors, most))
     token_tiles = 8 if m <= 64 else 16
     blocks = -(-n // TILE_ROWS) * -(-m // (8 * token_tiles))
-    return _cuda.Plan(TILE_ROWS // 16, token_tiles, _splits(gpu, blocks, gpu.multiprocessors, k // (4 * MASK_CHUNK)))
-
-
-def _splits(gpu: _cuda.Gpu, blocks: int, wanted: int, most: int) -> int:
-    """Blocks of a cluster that divide K: doubled while there are fewer blocks than wanted and K has enough for more."""
-    splits = 1
-    while gpu.capability >= (9, 0) and splits < 8 and blocks * splits < wanted and 2 * splits <= most:
-        splits *= 2
-    return splits
+    return _cuda.Plan(
+        TILE_ROWS // 16, token_tiles, _cuda.cluster(gpu, blocks, gpu.multiprocessors, k // (4 * MASK_CHUNK))
+    )
 
 
 def rejects_values(values: Tensor, x: Tensor) -> str | None:

@@ -101,7 +101,7 @@ def cuda_rejects(
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, words: Tensor, *rest: Any) -> str | None:
-    """Whether a later CUDA kernel is faster on these arguments."""
+    """Why a CUDA kernel leaves these arguments to a later one."""
     k = x.shape[-1]
     if kernel.endswith("_int8"):
         return _cuda.integer_yields(kernel, gpu, x.numel() // k)

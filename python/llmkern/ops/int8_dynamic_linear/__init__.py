@@ -53,7 +53,7 @@ def cuda_rejects(
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, codes: Tensor, *rest: Any) -> str | None:
-    """Whether a later CUDA kernel is faster on these arguments."""
+    """Why a CUDA kernel leaves these arguments to a later one."""
     return _cuda.integer_yields(kernel, gpu, x.numel() // codes.shape[1])
 
 

@@ -60,7 +60,7 @@ def cuda_rejects(
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, codes: Tensor, *rest: Any) -> str | None:
-    """Whether a later CUDA kernel is faster on these arguments."""
+    """Why a CUDA kernel leaves these arguments to a later one."""
     k = x.shape[-1]
     return _cuda.yields(kernel, gpu, x.numel() // max(k, 1), codes.shape[0], k)
 
