@@ -1,4 +1,4 @@
-// From an op's arguments to one of the instances of stream_kernel. The Python side (ops/_cuda.py `plan`) chooses the
+// From an op's arguments to one of the instances of stream_kernel. The Python side (ops/_cuda.py `codes_plan`) chooses the
 // sizes and has checked the tensors.
 #pragma once
 
@@ -22,8 +22,8 @@ void launch_stream(const char* name, const CodesArgs& args, int row_bytes, const
                   int(l.k),
                   plan.splits,
                   {l.bias, l.bias_dtype, l.y, l.m, l.n}};
-    if (l.n * groups > INT32_MAX || l.n * row_bytes / 16 > UINT32_MAX)  // what the kernel counts in 32 bits
-        throw std::runtime_error(std::string(name) + ": the weight is too large");
+    if (l.n * groups > INT32_MAX)  // the kernel counts scales in 32 bits
+        throw std::runtime_error(std::string(name) + ": more than 2^31 scales");
     const bool coarse = groups == 1 || args.group_size % (4 * Format::LANE_COLUMNS) == 0;
     if (!coarse) check_group_multiple(name, groups, args.group_size, Format::LANE_COLUMNS);
     const bool aligned = row_bytes % 16 == 0 && l.k % 8 == 0 && aligned_to(l.x, 16) && aligned_to(args.codes, 16) &&
