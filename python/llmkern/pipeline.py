@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -16,19 +16,16 @@ from llmkern import blocks
 from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.blocks import Call, Chain, SharedInputs
+from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, solve_and_keep, swap
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
 
-# Sequences per forward: enough rows for a GEMM at full speed, few enough for one block's activations to stay small.
-BATCH = 8
 # Distinct inputs of a block up to which they are taken one after the other.
 MAX_STAGES = 8
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
-
-Calibration = Tensor | Iterable[Any] | Callable[[nn.Module], Any]
 
 
 def compress(
@@ -56,9 +53,9 @@ def compress(
     else:
         chosen, report.skipped = choose(model, recipe, "compress")
         run = _Run(model, chosen, report, device, progress)
-        with run.errors_count_layers(), _quiet(model), torch.no_grad(), dense_by_onednn(model):
+        with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
             if any(wanted.needs_calibration for wanted in chosen.values()):
-                run.calibrated(_batches(model, calibration))
+                run.calibrated(calls_of(model, calibration))
             else:
                 run.data_free()
                 if calibration is not None:
@@ -86,7 +83,7 @@ class _Run:
     def calibrated(self, batches: list[Call]) -> None:
         """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
         self.batches = batches
-        self.report.tokens = sum(map(_count_tokens, batches))
+        self.report.tokens = sum(map(count_tokens, batches))
         first = batches[0]
         if len(first.args) == 1 and not first.kwargs:
             first = Call((first.args[0][:1],), {})  # how a model is wired shows on one sequence
@@ -98,7 +95,7 @@ class _Run:
         if rest:
             shared = SharedInputs(rest)
             for batch in batches:
-                shared.rows = _rows(self.model, batch)
+                shared.rows = rows_that_count(self.model, batch)
                 self._collect(shared, self._bound(self.model, batch))
             inside = tuple(block + "." for block in irregular)
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
@@ -138,11 +135,11 @@ class _Run:
         device = self.device or home
         block.to(device)
         pending: dict[str, PackedLinear] = {}
-        for stage in self._stages(block, layers, _to(calls[0], device)):
+        for stage in self._stages(block, layers, move_call(calls[0], device)):
             shared = SharedInputs(stage)
             for batch, call in zip(self.batches, calls, strict=True):
-                shared.rows = _rows(self.model, batch)
-                self._collect(shared, self._bound(block, _to(call, device)))
+                shared.rows = rows_that_count(self.model, batch)
+                self._collect(shared, self._bound(block, move_call(call, device)))
             for group in _groups(shared, stage):
                 pending |= self._solve(group, shared)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
@@ -153,8 +150,8 @@ class _Run:
         hidden = []
         if feeds_next:
             for call in calls:
-                args, kwargs = _to(call, device)
-                hidden.append(_move(blocks.hidden_state(block(*args, **kwargs)), home))
+                args, kwargs = move_call(call, device)
+                hidden.append(move(blocks.hidden_state(block(*args, **kwargs)), home))
         for name, packed in pending.items():
             if not packed.activations:
                 swap(self.model, name, packed)
@@ -259,119 +256,3 @@ def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:
     model.to(dtype)
     for module, key, buffer in computed:
         module._buffers[key] = buffer
-
-
-def _batches(model: nn.Module, calibration: Any) -> list[Call]:
-    """Calibration in any accepted form as calls of the model. ValueError if it has no tokens."""
-    if calibration is None:
-        raise ValueError("compress: this recipe needs calibration: token ids [n, L], batches, or a callable")
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2:
-            raise ValueError(f"compress: calibration token ids must be [n, L], got {list(calibration.shape)}")
-        if calibration.is_floating_point() or calibration.dtype == torch.bool:
-            raise TypeError(f"compress: calibration token ids must be integers, got {calibration.dtype}")
-        calls = [Call((ids,), {}) for ids in calibration.split(BATCH)] if calibration.numel() else []
-    elif callable(calibration):
-        calls = _record(model, calibration)
-    else:
-        calls = [_as_call(batch) for batch in calibration]
-    calls = [call for call in calls if _count_tokens(call)]
-    if not calls:
-        raise ValueError("compress: zero calibration tokens")
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embeddings, "num_embeddings", None)
-    for call in calls:
-        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
-        if rows and isinstance(ids, Tensor) and not ids.is_floating_point() and not 0 <= ids.min() <= ids.max() < rows:
-            raise ValueError(f"compress: calibration token ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
-    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return [_to(call, home) for call in calls]
-
-
-def _as_call(batch: Any) -> Call:
-    if isinstance(batch, Tensor):
-        return Call((batch,), {})
-    if isinstance(batch, Mapping):
-        # Labels only cost a loss; a cache would grow from call to call.
-        dropped = ("labels", "use_cache", "past_key_values")
-        return Call((), {key: value for key, value in batch.items() if key not in dropped})
-    raise TypeError(f"compress: a calibration batch must be a tensor or a mapping, got {type(batch).__name__}")
-
-
-def _record(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Call]:
-    """The calls of the model that `run(model)` makes."""
-    calls: list[Call] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length():
-            raise ValueError("compress: the calibration callable runs the model with a cache; pass use_cache=False")
-        calls.append(Call(args, dict(_as_call(kwargs).kwargs)))
-
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        run(model)
-    finally:
-        handle.remove()
-    return calls
-
-
-def _count_tokens(call: Call) -> int:
-    """Tokens of a batch: its mask's, else the elements of its token ids, else the rows of its first tensor."""
-    mask = call.kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return int(mask.count_nonzero())
-    tensors = [
-        value
-        for value in (call.kwargs.get("input_ids"), *call.args, *call.kwargs.values())
-        if isinstance(value, Tensor)
-    ]
-    if not tensors:
-        return 0
-    return tensors[0].numel() // (tensors[0].shape[-1] if tensors[0].is_floating_point() and tensors[0].ndim else 1)
-
-
-def _rows(model: nn.Module, call: Call) -> Tensor | None:
-    """bool [batch, length], False for padding; None when every token counts."""
-    mask = call.kwargs.get("attention_mask")
-    # Of an encoder and a decoder only one reads this mask, and lengths do not tell which.
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(_config(model), "is_encoder_decoder", False):
-        return None
-    rows = mask.bool()
-    return None if rows.all() else rows
-
-
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "config", None)
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no cache; every module's own mode and the configuration as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    # An encoder-decoder's stacks have configurations of their own.
-    configs = {id(config): config for module, _ in modes if getattr(config := _config(module), "use_cache", None)}
-    model.eval()
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-        for module, mode in modes:
-            module.training = mode
-
-
-def _to(call: Call, device: torch.device) -> Call:
-    return Call(
-        tuple(_move(value, device) for value in call.args), {k: _move(v, device) for k, v in call.kwargs.items()}
-    )
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list) and type(value) in (tuple, list):
-        return type(value)(_move(part, device) for part in value)
-    return {key: _move(part, device) for key, part in value.items()} if type(value) is dict else value

@@ -1,0 +1,133 @@
+"""Calibration data in any accepted form as calls of the model, and which of their tokens count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern.blocks import Call
+
+# Sequences per forward: enough rows for a GEMM at full speed, few enough for one block's activations to stay small.
+BATCH = 8
+
+Calibration = Tensor | Iterable[Any] | Callable[[nn.Module], Any]
+
+
+def calls_of(model: nn.Module, calibration: Any) -> list[Call]:
+    """Calibration in any accepted form as calls of the model. ValueError if it has no tokens."""
+    if calibration is None:
+        raise ValueError("compress: this recipe needs calibration: token ids [n, L], batches, or a callable")
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2:
+            raise ValueError(f"compress: calibration token ids must be [n, L], got {list(calibration.shape)}")
+        if calibration.is_floating_point() or calibration.dtype == torch.bool:
+            raise TypeError(f"compress: calibration token ids must be integers, got {calibration.dtype}")
+        calls = [Call((ids,), {}) for ids in calibration.split(BATCH)] if calibration.numel() else []
+    elif callable(calibration):
+        calls = _record(model, calibration)
+    else:
+        calls = [_as_call(batch) for batch in calibration]
+    calls = [call for call in calls if count_tokens(call)]
+    if not calls:
+        raise ValueError("compress: zero calibration tokens")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    for call in calls:
+        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        if rows and isinstance(ids, Tensor) and not ids.is_floating_point() and not 0 <= ids.min() <= ids.max() < rows:
+            raise ValueError(f"compress: calibration token ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
+    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return [move_call(call, home) for call in calls]
+
+
+def _as_call(batch: Any) -> Call:
+    if isinstance(batch, Tensor):
+        return Call((batch,), {})
+    if isinstance(batch, Mapping):
+        # Labels only cost a loss; a cache would grow from call to call.
+        dropped = ("labels", "use_cache", "past_key_values")
+        return Call((), {key: value for key, value in batch.items() if key not in dropped})
+    raise TypeError(f"compress: a calibration batch must be a tensor or a mapping, got {type(batch).__name__}")
+
+
+def _record(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Call]:
+    """The calls of the model that `run(model)` makes."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length():
+            raise ValueError("compress: the calibration callable runs the model with a cache; pass use_cache=False")
+        calls.append(Call(args, dict(_as_call(kwargs).kwargs)))
+
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        run(model)
+    finally:
+        handle.remove()
+    return calls
+
+
+def count_tokens(call: Call) -> int:
+    """Tokens of a batch: its mask's, else the elements of its token ids, else the rows of its first tensor."""
+    mask = call.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.count_nonzero())
+    tensors = [
+        value
+        for value in (call.kwargs.get("input_ids"), *call.args, *call.kwargs.values())
+        if isinstance(value, Tensor)
+    ]
+    if not tensors:
+        return 0
+    return tensors[0].numel() // (tensors[0].shape[-1] if tensors[0].is_floating_point() and tensors[0].ndim else 1)
+
+
+def rows_that_count(model: nn.Module, call: Call) -> Tensor | None:
+    """bool [batch, length], False for padding; None when every token counts."""
+    mask = call.kwargs.get("attention_mask")
+    # Of an encoder and a decoder only one reads this mask, and lengths do not tell which.
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or getattr(_config(model), "is_encoder_decoder", False):
+        return None
+    rows = mask.bool()
+    return None if rows.all() else rows
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no cache; every module's own mode and the configuration as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # An encoder-decoder's stacks have configurations of their own.
+    configs = {id(config): config for module, _ in modes if getattr(config := _config(module), "use_cache", None)}
+    model.eval()
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module, mode in modes:
+            module.training = mode
+
+
+def move_call(call: Call, device: torch.device) -> Call:
+    """The call with every tensor on `device`."""
+    return Call(tuple(move(value, device) for value in call.args), {k: move(v, device) for k, v in call.kwargs.items()})
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor, or a nest of tuples, lists and dicts that hold some, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(move(part, device) for part in value)
+    return {key: move(part, device) for key, part in value.items()} if type(value) is dict else value
