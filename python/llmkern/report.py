@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ class Report:
             "mean_loss": sum(losses) / len(losses) if losses else None,
             "solver_seconds": sum(row.seconds for row in self.rows),
         }
+
+    def annotate(self, notes: Mapping[str, Sequence[str]]) -> None:
+        """Add notes to rows by their names."""
+        for row in self.rows:
+            row.notes = (*row.notes, *notes.get(row.name, ()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what `to_json` writes. A loss that is not finite becomes None."""

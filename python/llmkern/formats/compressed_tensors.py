@@ -112,8 +112,8 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The entry of config.json. groups: (scheme, activations, names of the layers); ignore: dense linear layers.
 
-    `standard=False` for layers that compressed-tensors does not know (Conv1D): a format that readers refuse, because
-    transformers would otherwise leave such layers at random values and only print a table.
+    `standard=False` for layers that compressed-tensors does not know (Conv1D, experts): a format that readers refuse,
+    because transformers would otherwise leave such layers at random values and only print a table.
     """
     formats = [_format(scheme, activations) if standard else "llmkern" for scheme, activations, _ in groups]
     entries = {}
@@ -128,7 +128,7 @@ def quantization_config(
         }
     return {
         "quant_method": "compressed-tensors",
-        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
+        "format": "llmkern" if not standard else formats[0] if len(set(formats)) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ignore,
         "config_groups": entries,
