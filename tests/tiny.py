@@ -78,7 +78,40 @@ def albert(**changes):
     return _build(transformers.AlbertForMaskedLM, transformers.AlbertConfig(**{**sizes, **changes}))
 
 
+MOE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+    "head_dim": 16,
+}  # fmt: skip
+
+
+def mixtral(**changes):
+    """Experts as 3-D parameters [E, N, K]."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(**{**MOE, "num_local_experts": 4, **changes})
+    return _build(transformers.MixtralForCausalLM, config)
+
+
+def qwen3_moe(**changes):
+    """More experts than stages."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {**MOE, "moe_intermediate_size": 32, "num_experts": 10, "decoder_sparse_step": 1}
+    return _build(transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**{**sizes, **changes}))
+
+
+def gpt_oss(**changes):
+    """Experts [E, K, N] with biases, gate and up interleaved and clamped; two kinds of layers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        **MOE, "num_local_experts": 4, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    return _build(transformers.GptOssForCausalLM, transformers.GptOssConfig(**{**sizes, **changes}))
+
+
+MIXTURES = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 MODELS = {"llama": llama, "gemma3": gemma3, "gpt2": gpt2, "opt": opt, "bert": bert, "t5": t5, "albert": albert}
+MODELS |= MIXTURES
 
 
 def inputs(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -102,8 +135,8 @@ def _build(cls, config, gain=4):
     with torch.no_grad():
         model = cls(config).eval()
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and name.endswith("bias"):
+            if name.endswith("bias"):
                 parameter.normal_(0, 0.02)
-            elif parameter.ndim == 2:
+            elif parameter.ndim in (2, 3):
                 parameter.mul_(gain)  # far enough from linear that a wrong block input shows
     return model

@@ -68,8 +68,15 @@ def save(
     for home in by_expert:
         inside = (name for name in layers if name.startswith(f"{home}."))
         unread |= dict.fromkeys(inside, "it is an expert, of which the model's own code knows only a 3-D parameter")
+    config = _config(model)
+    head = _untied_head(model)
+    if head and not tied and not config.get("is_encoder_decoder"):
+        config["tie_word_embeddings"] = False
+    elif head:  # the key also says what else is tied, or scales what T5's head gets
+        unread[head] = "its weight was tied to the embeddings, as config.json still says"
     standard = not by_expert and not any(layers[name]["conv1d"] for name, _, _ in schemes)
-    quantization = _quantization(model, format, schemes, standard)
+    if (quantization := _quantization(model, format, schemes, standard)) is not None:
+        config["quantization_config"] = quantization
     _warn_of(unread)
     meta = {
         "format_version": FORMAT_VERSION,
@@ -81,7 +88,7 @@ def save(
         "layers": layers,
     }
     with _whole_folder(path) as folder:
-        _write_config(model, folder, quantization)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_tensors(folder / WEIGHTS, tensors)
         if extra:
             _write_tensors(folder / EXTRA, extra)
@@ -115,7 +122,8 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
     with experts.unfused(model, only=homes.__contains__):
         expert_tensors.split(tensors, experts.mixtures(model))
         swap_all(model, {
-            name: _restore_layer(model, name, entry, tensors, extra, decode) for name, entry in meta["layers"].items()
+            name: _restore_layer(model, name, entry, tensors, extra, decode, meta["tied"])
+            for name, entry in meta["layers"].items()
         })  # fmt: skip
     if extra:
         raise ValueError(f"load: {EXTRA} holds unknown tensors: {_some(extra)}")
@@ -237,14 +245,20 @@ def _packed_names(model: nn.Module) -> set[str]:
     }
 
 
-def _write_config(model: nn.Module, folder: Path, quantization: dict[str, Any] | None) -> None:
+def _config(model: nn.Module) -> dict[str, Any]:
+    """The model's config.json."""
     config = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr, operator]
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(_model_dtype(model)).removeprefix("torch.")
     config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return config
+
+
+def _untied_head(model: nn.Module) -> str | None:
+    """The packed output head of a model whose configuration says that it shares the weight of the embeddings."""
+    tied = getattr(model.config, "tie_word_embeddings", False)  # no key in the file where it is the class's default
+    head = model.get_output_embeddings() if tied else None  # type: ignore[operator]
+    return next((name for name, m in model.named_modules() if m is head and isinstance(m, PackedLinear)), None)
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:
@@ -396,7 +410,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _restore_layer(
     model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor], extra: dict[str, Tensor],
-    decode: Callable[..., PackedWeight],
+    decode: Callable[..., PackedWeight], tied: dict[str, str],
 ) -> PackedLinear:  # fmt: skip
     """The packed layer `name`; its tensors are taken out of `tensors` and `extra`."""
     kind, shape, group_size, activations = _entry(name, entry)
@@ -411,6 +425,8 @@ def _restore_layer(
         raise ValueError(f"load: layer {name} is {list(shape)} in {META}, but {list(wanted)} in the model")
     own = _take(tensors, name)
     bias = own.pop("bias", None)
+    if f"{name}.bias" in tied:
+        bias = dense.get_parameter("bias")  # without values: they are another parameter's
     if "weight" in own and "weight_scale" not in own and is_conv1d(dense):
         own["weight"] = own["weight"].T.contiguous()
     if (bias is None) != (dense.bias is None):
@@ -463,9 +479,10 @@ def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     model.load_state_dict(tensors, strict=False, assign=True)
     for name, source in tied.items():
         owner, _, key = name.rpartition(".")
-        if source not in tensors:
-            raise ValueError(f"load: {META} ties {name} to {source}, which {WEIGHTS} does not hold")
-        model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+        try:
+            model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+        except AttributeError:
+            raise ValueError(f"load: {META} ties {name} to {source}, which the model does not have") from None
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise ValueError(f"load: no values for {_some(empty)}")

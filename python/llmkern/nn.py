@@ -32,6 +32,17 @@ TENSORS = {
 }
 
 
+class NoWeight:
+    """What a packed layer has in the place of its dense weight: no tensor, and on no device that computes.
+
+    T5 asks whether `wo.weight` is a tensor; torch's encoder layer asks for the device of `linear1.weight`, and on one
+    that it does not know it calls the layer instead of a fused kernel for the dense weight.
+    """
+
+    device = torch.device("meta")
+    requires_grad = False
+
+
 class PackedLinear(nn.Module):
     """y = x @ Wᵀ + bias with W [N, K] in a packed format; x [..., K] fp32, bf16 or fp16.
 
@@ -43,8 +54,7 @@ class PackedLinear(nn.Module):
     The bias is the parameter it was. Gradients flow to x and the bias, never to the weight.
     """
 
-    # No dense weight is kept; T5 asks for `wo.weight` and must find something that is no tensor. See `unpack`.
-    weight = None
+    weight = NoWeight()  # no dense weight is kept; see `unpack`
     bias: nn.Parameter | None
 
     def __init__(

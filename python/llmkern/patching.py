@@ -173,15 +173,14 @@ def swap_all(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Mod
 
 def notes_on(model: nn.Module, chosen: Iterable[str]) -> dict[str, list[str]]:
     """What a report must say of layers that also have another name, or share their weight (the head)."""
-    others, layers = aliases(model), {name: model.get_submodule(name) for name in chosen}
-    shared = tied(model, layers)
-    return {
-        name: [
-            *(f"the same module is also {other}, replaced with it" for other in others.get(name, ())),
-            *(f"its weight was tied to that of {owner}, which stays as it is" for owner in shared.get(name, ())),
-        ]
-        for name in layers
-    }
+    notes: dict[str, list[str]] = {name: [] for name in chosen}
+    layers = {name: model.get_submodule(name) for name in notes}
+    for name, others in aliases(model).items():
+        if name in layers:
+            notes[name].append(f"the same module is also {', '.join(others)}, replaced with it")
+    for name, owners in tied(model, layers).items():
+        notes[name].append(f"its weight was tied to that of {', '.join(owners)}, which stays as it is")
+    return notes
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
