@@ -212,6 +212,7 @@ def test_modules_with_a_weight_in_a_forward_of_their_own_are_reported():
     assert {skip.name: skip.bytes for skip in report.skipped}["attention"] == 4 * 48 * 16
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("mask", [False, True])
 def test_torch_s_own_encoder_runs_on_packed_layers(mask):
     """Its layers hand their weights to one fused kernel where they can."""
@@ -227,6 +228,8 @@ def test_torch_s_own_encoder_runs_on_packed_layers(mask):
     assert {row.name.split(".", 2)[2] for row in report.rows} == {"linear1", "linear2"}
     error = (after - before)[counts].norm() / before[counts].norm()
     assert 0 < error < 0.01
+    with pytest.raises(TypeError, match="linear: a packed layer has no dense weight"):
+        torch.nn.functional.linear(x, model.layers[0].linear1.weight)
 
 
 def test_a_layer_with_two_names_is_reported_once_with_both():

@@ -61,6 +61,8 @@ def save(
     rest, tied = _other_tensors(model)
     tensors |= rest
     by_expert = expert_tensors.fuse(tensors, experts.mixtures(model))
+    if by_expert and not schemes:  # a scheme of no codes: without any, nothing would tell readers to keep off
+        schemes = [(name, None, None) for name in layers]
     if by_expert and format == "gptq":
         raise ValueError(
             f"save: {by_expert[0]}: gptq: no reader knows experts of a 3-D parameter; use compressed-tensors"
@@ -141,7 +143,7 @@ def refuse_foreign(path: Path) -> None:
         raise FileExistsError(f"save: {path} exists and was not written by llmkern (no {META}); choose another folder")
 
 
-Schemes = list[tuple[str, dict[str, Any], str | None]]
+Schemes = list[tuple[str, dict[str, Any] | None, str | None]]
 
 
 def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Schemes, dict[str, str]]:
@@ -204,7 +206,7 @@ def _quantization(model: nn.Module, format: str, schemes: Schemes, standard: boo
     if not schemes and standard:
         return None
     if format == "gptq":
-        return gptq_checkpoint.quantization_config([scheme for _, scheme, _ in schemes])
+        return gptq_checkpoint.quantization_config([scheme for _, scheme, _ in schemes if scheme])
     coded = {name for name, _, _ in schemes}
     ignore = [
         name
@@ -214,8 +216,8 @@ def _quantization(model: nn.Module, format: str, schemes: Schemes, standard: boo
     return ct.quantization_config(_group(schemes), ignore, standard=standard)
 
 
-def _group(schemes: Schemes) -> list[tuple[dict[str, Any], str | None, list[str]]]:
-    groups: dict[str, tuple[dict[str, Any], str | None, list[str]]] = {}
+def _group(schemes: Schemes) -> list[tuple[dict[str, Any] | None, str | None, list[str]]]:
+    groups: dict[str, tuple[dict[str, Any] | None, str | None, list[str]]] = {}
     for name, scheme, activations in schemes:
         key = json.dumps([scheme, activations])
         groups.setdefault(key, (scheme, activations, []))[2].append(name)

@@ -33,14 +33,16 @@ TENSORS = {
 
 
 class NoWeight:
-    """What a packed layer has in the place of its dense weight: no tensor, and on no device that computes.
+    """What a packed layer has in the place of its dense weight: no tensor, and an error for functions that take it.
 
-    T5 asks whether `wo.weight` is a tensor; torch's encoder layer asks for the device of `linear1.weight`, and on one
-    that it does not know it calls the layer instead of a fused kernel for the dense weight.
+    T5 asks whether `wo.weight` is a tensor. torch's encoder hands `linear1.weight` to a fused kernel, unless it is
+    something that torch's functions do not simply compute with; then it calls the layer.
     """
 
-    device = torch.device("meta")
-    requires_grad = False
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """TypeError for any function of torch."""
+        raise TypeError(f"{getattr(func, '__name__', func)}: a packed layer has no dense weight; see its unpack()")
 
 
 class PackedLinear(nn.Module):
