@@ -300,7 +300,7 @@ def test_a_compressed_mixture_is_close_and_whole(kind, mode):
     assert sums["linear_bytes_before"] / sums["coverage"] == pytest.approx(sums["linear_bytes_before"] + routers + head)
     # Nothing keeps the 3-D parameters alive.
     assert all(
-        module.fused is None and module.counting is None for module in model.modules() if isinstance(module, Experts)
+        module.fused is None and module.mode is None for module in model.modules() if isinstance(module, Experts)
     )
     few = [row for row in report.rows if any("calibration tokens for" in note for note in row.notes)]
     assert {row.name for row in few} == {row.name for row in report.rows if row.tokens < row.shape[1]}

@@ -12,14 +12,15 @@ that break the assumption get their inputs by running the model up to them again
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llmkern.experts import Experts, counting
+from llmkern.experts import Experts
+from llmkern.listed_experts import ListedExperts
 from llmkern.nn import is_linear
 from llmkern.solvers import Hessian
 
@@ -151,18 +152,20 @@ class SharedInputs:
     """Hooks that collect one Hessian per distinct input of some linear layers, while a module runs.
 
     Layers that are handed the very same tensor (q, k and v; gate and up) share it. `rows`, set before a forward,
-    may hold a bool [batch, length] of the tokens to count; others (padding) are left out. mixtures: the `Experts` that
-    may run; with `everything` each of their layers sees every token that counts, not only those routed to it.
+    may hold a bool [batch, length] of the tokens to count; others (padding) are left out. mixtures: the mixtures of
+    experts that may run; with `everything` their layers see every token that counts, not only those routed to them.
     """
 
     def __init__(
-        self, layers: dict[str, nn.Module], mixtures: Iterable[Experts] = (), everything: bool = False
+        self, layers: dict[str, nn.Module], mixtures: Iterable[Experts | ListedExperts] = (), everything: bool = False
     ) -> None:
         self.layers = layers
         self.mixtures, self.everything = list(mixtures), everything
         self.unmasked: set[str] = set()  # layers whose input `rows` did not fit, so that padding was counted
         # The tokens of an expert are in no order that `rows` could tell; Experts leaves the others out itself.
-        self.routed = {layer for experts in self.mixtures for layer in experts.layers()}
+        self.routed = {layer for found in self.mixtures if isinstance(found, Experts) for layer in found.layers()}
+        listed = [found for found in self.mixtures if everything and isinstance(found, ListedExperts)]
+        self._replayed = {layer: found for found in listed for layer in found.layers()}
         self.tokens = dict.fromkeys(layers, 0)
         self.rows: Tensor | None = None
         self._leader: dict[str, str] = {}
@@ -178,7 +181,9 @@ class SharedInputs:
         hooks = (
             layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()
         )
-        with _hooks(hooks), counting(self.mixtures, self.everything, self.rows):
+        with _hooks(hooks), ExitStack() as stack:
+            for found in self.mixtures:
+                stack.enter_context(found.counting(self.everything, self.rows))
             stopped(run)
         if not self._last and len(self._order) == len(set(self._order)) == len(self.layers):
             self._last = self._order[-1]
@@ -206,6 +211,8 @@ class SharedInputs:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def see(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if layer in self._replayed and not self._replayed[layer].replaying:
+                return
             self._see(name, args[0] if args else next(iter(kwargs.values())))
             self._ran.add(name)
             if name == self._last and len(self._ran) == len(self.layers):
@@ -237,7 +244,7 @@ class SharedInputs:
     def _counted(self, name: str, x: Tensor) -> Tensor:
         """The tokens of x [batch, length, K] or [batch * length, K] that count."""
         rows = self.rows
-        if rows is None or self.layers[name] in self.routed:
+        if rows is None or self.layers[name] in self.routed or self.layers[name] in self._replayed:
             return x
         if x.ndim > 2 and x.shape[:2] == rows.shape:
             return x[rows.to(x.device)]

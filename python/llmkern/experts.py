@@ -15,7 +15,7 @@ compared with the fused module on a few tokens before it takes its place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from llmkern.nn import PackedLinear
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class Counting(NamedTuple):
+class Mode(NamedTuple):
     """How a mixture runs while the inputs of its layers are collected.
 
     everything: every expert sees every token, as far as its own layers are concerned; what the mixture returns follows
@@ -57,7 +57,7 @@ class Experts(nn.Module):
         self.gating = _without(fused, (first, down, f"{first}_bias", f"{down}_bias"))
         for at in range(self.num_experts):
             self.add_module(str(at), nn.ModuleDict({name: _linear(fused, name, at) for name in (first, down)}))
-        self.counting: Counting | None = None
+        self.mode: Mode | None = None  # while inputs are collected
         # Past nn.Module.__setattr__: registered, the 3-D parameters would be part of the state dict.
         object.__setattr__(self, "fused", fused)
 
@@ -66,11 +66,11 @@ class Experts(nn.Module):
 
         An index of `num_experts` or more stands for no expert, as in transformers.
         """
-        if self.counting is not None:
-            counted = self.counting.rows
+        if self.mode is not None:
+            counted = self.mode.rows
             if counted is not None and len(counted) == len(hidden_states):
                 top_k_index = top_k_index.masked_fill(~counted.to(top_k_index.device)[:, None], self.num_experts)
-            if self.counting.everything:
+            if self.mode.everything:
                 return self._everything(hidden_states, top_k_index, top_k_weights)
         tokens, k = top_k_index.shape
         expert, order = top_k_index.reshape(-1).sort(stable=True)
@@ -89,6 +89,15 @@ class Experts(nn.Module):
         slots = torch.empty_like(order)
         slots[order] = torch.arange(len(order), device=order.device)
         return torch.cat(parts)[slots].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    @contextmanager
+    def counting(self, everything: bool, rows: Tensor | None) -> Iterator[None]:
+        """Inside, it runs as `Mode` says. rows: bool [batch, length], or None."""
+        self.mode = Mode(everything, None if rows is None else rows.reshape(-1))
+        try:
+            yield
+        finally:
+            self.mode = None
 
     def layers(self) -> Iterator[nn.Module]:
         """The linear layers of all experts."""
@@ -180,19 +189,6 @@ def settle(root: nn.Module, busy: Container[nn.Module] = ()) -> None:
 def mixtures(module: nn.Module) -> dict[str, Experts]:
     """The mixtures inside a module by name."""
     return {name: found for name, found in module.named_modules() if isinstance(found, Experts)}
-
-
-@contextmanager
-def counting(among: Collection[Experts], everything: bool, rows: Tensor | None) -> Iterator[None]:
-    """Inside, these mixtures run as `Counting` says. rows: bool [batch, length]."""
-    mode = Counting(everything, None if rows is None else rows.reshape(-1))
-    for experts in among:
-        experts.counting = mode
-    try:
-        yield
-    finally:
-        for experts in among:
-            experts.counting = None
 
 
 def replace(root: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import blocks, experts
+from llmkern import blocks, experts, listed_experts
 from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
+from llmkern.experts import Experts
+from llmkern.listed_experts import ListedExperts
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
 from llmkern.recipe import Recipe
@@ -26,6 +28,7 @@ from llmkern.stages import stages
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
 NO_NOTES: Mapping[str, str] = MappingProxyType({})
+REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
 UNMASKED = "its input is not laid out as the attention_mask: tokens of padding counted too"
 
 
@@ -68,6 +71,8 @@ def compress(
                     run.data_free()
                     if calibration is not None:
                         report.notes.append(f"{recipe} needs no data: the calibration was not used")
+            if recipe.experts == "all" and not run.found_mixtures:
+                report.notes.append('experts="all" changed nothing: no mixture of experts ran during calibration')
             report.annotate(notes)
     report.model_bytes_after = model_bytes(model)
     report.seconds = time.perf_counter() - start
@@ -85,6 +90,7 @@ class _Run:
         self.device = None if device is None else torch.device(device)
         self.bar = Progress(report.recipe, len(chosen), progress)
         self.batches: list[Call] = []
+        self.found_mixtures = False
 
     def data_free(self) -> None:
         for name in self.chosen:
@@ -103,7 +109,7 @@ class _Run:
             done |= self._chain(chain)
         rest = {name: self.model.get_submodule(name) for name in self.chosen if name not in done}
         if rest:
-            shared = self._inputs(self.model, rest)
+            shared = SharedInputs(rest, self._mixtures(self.model, self._bound(self.model, first)), self.everything)
             for batch in batches:
                 shared.rows = rows_that_count(self.model, batch)
                 self._collect(shared, self._bound(self.model, batch))
@@ -145,8 +151,10 @@ class _Run:
         device = self.device or home
         block.to(device)
         pending: dict[str, PackedLinear] = {}
-        for stage in self._stages(block, layers, move_call(calls[0], device)):
-            shared = self._inputs(block, stage)
+        first = self._bound(block, move_call(calls[0], device))
+        mixtures = self._mixtures(block, first) if layers else []
+        for stage in self._stages(layers, first, mixtures):
+            shared = SharedInputs(stage, mixtures, self.everything)
             for batch, call in zip(self.batches, calls, strict=True):
                 shared.rows = rows_that_count(self.model, batch)
                 self._collect(shared, self._bound(block, move_call(call, device)))
@@ -165,7 +173,9 @@ class _Run:
         block.to(home)
         return hidden
 
-    def _stages(self, block: nn.Module, layers: dict[str, nn.Module], first: Call) -> list[dict[str, nn.Module]]:
+    def _stages(
+        self, layers: dict[str, nn.Module], first: Callable[[], Any], mixtures: list[Experts | ListedExperts]
+    ) -> list[dict[str, nn.Module]]:
         """The block's layers in the order of their inputs, each stage on inputs from the stages solved before it.
 
         A forward ends at its stage's last layer, so four stages (q/k/v, o, gate/up, down) cost about half a forward
@@ -173,14 +183,18 @@ class _Run:
         """
         if not layers:
             return []
-        probe = self._inputs(block, layers)
-        self._collect(probe, self._bound(block, first))
+        probe = SharedInputs(layers, mixtures, self.everything)
+        self._collect(probe, first)
         routed = {name for name in layers if layers[name] in probe.routed}
         found = stages(list(layers), list(probe.shared_by().values()), routed)
         return [{name: layers[name] for name in stage} for stage in found]
 
-    def _inputs(self, module: nn.Module, layers: dict[str, nn.Module]) -> SharedInputs:
-        return SharedInputs(layers, experts.mixtures(module).values(), self.everything)
+    def _mixtures(self, module: nn.Module, first: Callable[[], Any]) -> list[Experts | ListedExperts]:
+        """The mixtures of experts inside a module that `first` runs; lists of experts only where it matters."""
+        listed = listed_experts.find(module, first) if self.everything else []
+        found: list[Experts | ListedExperts] = [*experts.mixtures(module).values(), *listed]
+        self.found_mixtures |= bool(found)
+        return found
 
     def _solve(
         self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = NO_NOTES,
@@ -195,9 +209,7 @@ class _Run:
             if shared is not None:
                 hessian = shared.hessian(name)
                 if hessian is None or not hessian.tokens:
-                    remedy = ', calibrate experts from all tokens (experts="all")' if layer in shared.routed else ""
-                    saw = f"compress: layer {name} saw no calibration tokens"
-                    raise ValueError(f"{saw}; give data that reaches it{remedy} or ignore it")
+                    raise ValueError(f"compress: layer {name} saw no calibration tokens; {REMEDIES}")
             packed, row, solution = solve_and_keep("compress", name, layer, hessian, self.chosen[name])
             pending[name] = packed
             self.report.rows.append(row)
