@@ -1,6 +1,7 @@
 import copy
 import pickle
 import re
+import weakref
 
 import pytest
 import tiny
@@ -29,9 +30,9 @@ def typical_error(got, wanted):
 def test_unfused_computes_the_same_and_goes_back(kind):
     model, ids = tiny.MODELS[kind](), tiny.token_ids(2)
     before, modules = tiny.output(kind, model, ids), dict(model.named_modules())
-    with experts.unfused(model) as found:
+    with experts.unfused(model):
+        found = {name: mixture.fused for name, mixture in experts.mixtures(model).items()}
         assert found == {name: modules[name] for name in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")}
-        assert all(isinstance(model.get_submodule(name), Experts) for name in found)
         torch.testing.assert_close(tiny.output(kind, model, ids), before, rtol=1e-5, atol=1e-5)
     assert dict(model.named_modules()) == modules
     assert torch.equal(tiny.output(kind, model, ids), before)
@@ -48,6 +49,20 @@ def test_tokens_without_an_expert_get_nothing(kind):
     wanted = fused(x, index.clamp(max=3), weights.masked_fill(index == mixture.num_experts, 0))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(mixture(x, torch.full((5, 2), mixture.num_experts), weights), torch.zeros(5, 64))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_what_a_mixture_returns_follows_the_routing_while_inputs_are_collected(everything):
+    mixture = experts.build(tiny.gpt_oss().model.layers[0].mlp.experts)
+    x, weights = torch.randn(12, 64), torch.rand(12, 2)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(12)])
+    rows = torch.rand(3, 4) < 0.7
+    wanted = mixture(x, index, weights)
+    with mixture.counting(everything, None):
+        torch.testing.assert_close(mixture(x, index, weights), wanted, rtol=1e-5, atol=1e-5)
+    with mixture.counting(everything, rows):
+        wanted = torch.where(rows.reshape(-1, 1), wanted, 0.0)
+        torch.testing.assert_close(mixture(x, index, weights), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,6 +334,20 @@ def test_every_method_beats_doing_it_without_data(recipe):
         compress(model, name, ids)
         errors.append(typical_error(tiny.output("mixtral", model, ids), wanted))
     assert errors[0] < errors[1] * (1.1 if "8" in recipe else 1.0)
+
+
+def test_the_memory_of_a_mixture_is_free_when_its_block_is_done(monkeypatch):
+    model = tiny.mixtral()
+    first = weakref.ref(model.model.layers[0].mlp.experts.gate_up_proj)
+    alive = []
+
+    def solve(weight, hessian, recipe):
+        alive.append(first() is not None)
+        return rtn(weight, None, bits=4, group_size=16)
+
+    monkeypatch.setattr(patching, "solve", solve)
+    compress(model, "gptq-int4-g16", tiny.token_ids())
+    assert alive == [True] * 12 + [False] * 12
 
 
 def starved():

@@ -148,23 +148,27 @@ def build(fused: nn.Module) -> Experts | str:
 
 
 @contextmanager
-def unfused(model: nn.Module, only: Callable[[str], bool] = lambda name: True) -> Iterator[dict[str, nn.Module]]:
-    """Inside, the mixtures of `model` (those whose name `only` accepts) are `Experts`; yields name -> fused module.
+def unfused(model: nn.Module, only: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+    """Inside, the mixtures of `model` (those whose name `only` accepts) are `Experts`.
 
     Afterwards a mixture none of whose layers is packed is the fused module that it was.
     """
-    found: dict[str, nn.Module] = {}
+    _unfuse(model, only)
+    try:
+        yield
+    finally:
+        settle(model)
+
+
+def _unfuse(model: nn.Module, only: Callable[[str], bool]) -> None:
+    """A function of its own: nothing but the `Experts` may hold the fused modules while blocks are compressed."""
     new: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         if name and only(name) and any(p.ndim == 3 for p in module.parameters(recurse=False)):
             experts = build(module)
             if isinstance(experts, Experts):
-                found[name], new[module] = module, experts
+                new[module] = experts
     replace(model, new)
-    try:
-        yield found
-    finally:
-        settle(model)
 
 
 def settle(root: nn.Module, busy: Container[nn.Module] = ()) -> None:

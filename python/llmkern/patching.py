@@ -47,7 +47,8 @@ def patch(
     if recipe.method == "cast":
         raise ValueError(f"patch: {recipe} packs nothing; use model.to(torch.{recipe.dtype})")
     start, before = time.perf_counter(), model_bytes(model)
-    with experts.unfused(model) as fused:
+    with experts.unfused(model):
+        fused = {name: mixture.fused for name, mixture in experts.mixtures(model).items() if mixture.fused}
         chosen, skipped = choose(model, recipe, "patch")
         report = Report(str(recipe), skipped=skipped, details=recipe.to_dict(), model_bytes_before=before)
         notes = notes_on(model, chosen)
