@@ -114,7 +114,10 @@ CASES = {
     "torch's transformer": (
         lambda: nn.Transformer(16, 2, 1, 2, 32, batch_first=True),
         lambda: {"src": torch.randn(4, 10, 16), "tgt": torch.randn(4, 6, 16)},
-        {f"{layer}.linear{at}" for layer in ("encoder.layers.0", "decoder.layers.0", "decoder.layers.1") for at in (1, 2)},
+        {
+            f"{layer}.linear{at}"
+            for layer in ("encoder.layers.0", "decoder.layers.0", "decoder.layers.1") for at in (1, 2)
+        },
     ),
 }  # fmt: skip
 
