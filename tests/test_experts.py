@@ -319,6 +319,19 @@ def test_a_compressed_mixture_is_close_and_whole(kind, mode):
     )
     few = [row for row in report.rows if any("calibration tokens for" in note for note in row.notes)]
     assert {row.name for row in few} == {row.name for row in report.rows if row.tokens < row.shape[1]}
+    assert len(few) == int(report.notes[0].split()[0] if few else 0)
+
+
+def test_experts_that_few_tokens_reach_are_reported():
+    report = compress(tiny.qwen3_moe(), "gptq-int8", tiny.token_ids(6))
+    few = {row.name: row for row in report.rows if any("calibration tokens for" in note for note in row.notes)}
+    worst = min(few.values(), key=lambda row: row.tokens / row.shape[1])
+    assert f"{worst.tokens} calibration tokens for {worst.shape[1]} input features" in worst.notes
+    (note,) = report.notes
+    assert note.startswith(
+        f"{len(few)} layers saw fewer calibration tokens than they have input features, {worst.name} "
+    )
+    assert note in str(report)
 
 
 @pytest.mark.parametrize(

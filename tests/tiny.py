@@ -109,6 +109,18 @@ def gpt_oss(**changes):
     return _build(transformers.GptOssForCausalLM, transformers.GptOssConfig(**{**sizes, **changes}))
 
 
+def switch(**changes):
+    """Experts in an nn.ModuleDict; an encoder and a decoder."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": VOCABULARY, "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_heads": 4, "num_experts": 4,
+        "decoder_start_token_id": 0,
+    }  # fmt: skip
+    cls = transformers.SwitchTransformersForConditionalGeneration
+    return _build(cls, transformers.SwitchTransformersConfig(**{**sizes, **changes}), gain=1)
+
+
 MIXTURES = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss}
 MODELS = {"llama": llama, "gemma3": gemma3, "gpt2": gpt2, "opt": opt, "bert": bert, "t5": t5, "albert": albert}
 MODELS |= MIXTURES
@@ -116,7 +128,7 @@ MODELS |= MIXTURES
 
 def inputs(kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the model is called with."""
-    return {"input_ids": ids, "decoder_input_ids": ids.flip(-1)} if kind == "t5" else {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(-1)} if kind in ("t5", "switch") else {"input_ids": ids}
 
 
 def output(kind: str, model, ids: torch.Tensor) -> torch.Tensor:

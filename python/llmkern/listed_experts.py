@@ -1,36 +1,37 @@
-"""Mixtures of experts that are modules in a list, each with linear layers of its own.
+"""Mixtures of experts that are modules in a list or dict, each with linear layers of its own.
 
 Their layers are found and solved like any others. What is special is calibration from all tokens: which tokens an
-expert sees is decided in the forward of the module around the list, so after that forward every expert runs once more,
+expert sees is decided in the forward of the module that runs them, so after that forward every expert runs once more,
 on all that the module was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmkern.experts import Experts
 from llmkern.nn import is_linear
 
 
 class ListedExperts:
-    """The experts of one list, and the module around it, whose first argument are the tokens [..., K]."""
+    """Experts, and the module whose forward runs them: its first argument are the tokens [..., K]."""
 
-    def __init__(self, around: nn.Module, listed: nn.ModuleList) -> None:
-        self.around, self.experts = around, listed
+    def __init__(self, around: nn.Module, experts: Iterable[nn.Module]) -> None:
+        self.around, self.experts = around, tuple(experts)
         self.replaying = False  # while experts run on all tokens; what runs in the forward itself does not count
 
     def layers(self) -> Iterator[nn.Module]:
         """The linear layers of all experts."""
-        return (layer for layer in self.experts.modules() if is_linear(layer))
+        return (layer for expert in self.experts for layer in expert.modules() if is_linear(layer))
 
     @contextmanager
     def counting(self, everything: bool, rows: Tensor | None) -> Iterator[None]:
-        """Inside, with `everything`, every expert runs on all tokens after each forward of the module around it.
+        """Inside, with `everything`, every expert runs on all tokens after each forward of the module around them.
 
         rows: bool [batch, length] of the tokens that count, or None for all.
         """
@@ -59,30 +60,22 @@ class ListedExperts:
 def find(module: nn.Module, run: Callable[[], Any]) -> list[ListedExperts]:
     """The mixtures inside `module`, which `run()` runs once.
 
-    A list is one if its children are of one class and hold linear layers, and each of those that run is given one
-    tensor whose rows are tokens of the module around the list.
+    Siblings are one if they are of one class and hold linear layers, and each of those that run is given one tensor
+    whose rows are tokens of the module that runs them.
     """
-    candidates = [
-        ListedExperts(around, listed)
-        for around in module.modules()
-        for listed in around.children()
-        if isinstance(listed, nn.ModuleList)
-        and len(listed) > 1
-        and len({type(child) for child in listed}) == 1
-        and all(any(map(is_linear, child.modules())) for child in listed)
-    ]
+    candidates = list(_candidates(module))
     tokens: dict[nn.Module, Tensor] = {}
-    ran: set[nn.ModuleList] = set()
-    others: set[nn.ModuleList] = set()  # lists that turn out to be no mixture
+    ran: set[ListedExperts] = set()
+    others: set[ListedExperts] = set()  # siblings that turn out to be no mixture
 
     def around(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         tokens[module] = _tokens(args, kwargs)
 
     def expert(found: ListedExperts) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            ran.add(found.experts)
+            ran.add(found)
             if kwargs or len(args) != 1 or not _are_rows(args[0], tokens[found.around]):
-                others.add(found.experts)
+                others.add(found)
 
         return look
 
@@ -92,7 +85,22 @@ def find(module: nn.Module, run: Callable[[], Any]) -> list[ListedExperts]:
             for child in found.experts:
                 stack.callback(child.register_forward_pre_hook(expert(found), with_kwargs=True).remove)
         run()
-    return [found for found in candidates if found.experts in ran - others]
+    return [found for found in candidates if found in ran - others]
+
+
+def _candidates(module: nn.Module) -> Iterator[ListedExperts]:
+    """Siblings of one class in a list or dict, with the module whose forward runs them."""
+    for around in module.modules():
+        if isinstance(around, Experts):
+            continue
+        groups = [child for child in around.children() if type(child) in (nn.ModuleList, nn.ModuleDict)]
+        if isinstance(around, nn.ModuleDict) and type(around) is not nn.ModuleDict:
+            groups.append(around)  # with a forward of its own, as in Switch Transformers and NLLB
+        for group in groups:
+            siblings = list(group.children())
+            alike = len(siblings) > 1 and len(set(map(type, siblings))) == 1
+            if alike and all(any(map(is_linear, sibling.modules())) for sibling in siblings):
+                yield ListedExperts(around, siblings)
 
 
 def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -74,6 +74,7 @@ def compress(
             if recipe.experts == "all" and not run.found_mixtures:
                 report.notes.append('experts="all" changed nothing: no mixture of experts ran during calibration')
             report.annotate(notes)
+            report.note_few_tokens()
     report.model_bytes_after = model_bytes(model)
     report.seconds = time.perf_counter() - start
     return report

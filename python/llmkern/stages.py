@@ -16,7 +16,7 @@ def stages(layers: Sequence[str], groups: Sequence[Sequence[str]], routed: Conta
 
     A stage is a group. Experts do not feed each other, so their layers of one kind (`experts.*.down_proj`) are one
     stage however many they are. Where that makes more than MAX_STAGES, or leaves out layers that have not run yet
-    (rarely hit experts in a ModuleList), layers that differ only in a number are taken together wherever they are. If
+    (rarely hit experts in a list), layers that differ only in a number are taken together wherever they are. If
     even that does not do, all are one stage.
     """
     found = _merged(layers, groups, lambda name: _kind(name) if name in routed else name)
@@ -27,7 +27,7 @@ def stages(layers: Sequence[str], groups: Sequence[Sequence[str]], routed: Conta
 
 def _kind(name: str) -> str:
     """The name with its numbers left out, but the last part: `experts.*.w1`, while `mlp.0` and `mlp.2` differ."""
-    return re.sub(r"\.\d+(?=\.)", ".*", name)
+    return re.sub(r"\d+(?=\.)", "*", name)
 
 
 def _merged(layers: Sequence[str], groups: Sequence[Sequence[str]], kind: Callable[[str], str]) -> list[list[str]]:
