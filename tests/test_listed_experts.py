@@ -5,10 +5,11 @@ import tiny
 import torch
 
 import llmkern
+import llmkern.stages
 from llmkern import listed_experts, patching
 from llmkern.nn import PackedLinear
 from llmkern.solvers import rtn
-from llmkern.stages import stages
+from llmkern.stages import split, stages
 
 EXPERTS = 5
 
@@ -203,6 +204,24 @@ def test_stages_of_fused_experts_are_kinds_however_few():
     layers = [name for group in groups for name in group]
     found = stages(layers, groups, routed={name for name in layers if "experts" in name})
     assert found == [["b.q"], ["b.experts.0.up", "b.experts.1.up"], ["b.experts.0.down", "b.experts.1.down"]]
+
+
+def test_stages_are_split_by_the_memory_of_their_hessians(monkeypatch):
+    monkeypatch.setattr(llmkern.stages, "MAX_HESSIANS", 4 * 2 * 16 * 16)
+    groups = [[f"e.{at}.w1", f"e.{at}.w3"] for at in range(4)]
+    stage = [*(name for group in groups for name in group), "e.4.w1", "e.4.w3"]  # the last two have not run yet
+    found = split(stage, groups, dict.fromkeys(stage, 16))
+    assert found == [[*groups[0], *groups[1]], [*groups[2], *groups[3]], ["e.4.w1", "e.4.w3"]]
+    assert split(stage[:4], groups, dict.fromkeys(stage, 1000)) == groups[:2]
+
+
+@pytest.mark.parametrize("mode", ["routed", "all"])
+def test_a_split_stage_gives_the_same(mode, monkeypatch):
+    whole = compress(Model(), data(), experts=mode)
+    monkeypatch.setattr(llmkern.stages, "MAX_HESSIANS", 4 * 3 * 24 * 24)
+    parts = compress(Model(), data(), experts=mode)
+    losses = {row.name: row.loss for row in whole.rows}
+    assert {row.name: row.loss for row in parts.rows} == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(

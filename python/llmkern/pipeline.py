@@ -23,7 +23,7 @@ from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
-from llmkern.stages import stages
+from llmkern.stages import split, stages
 
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
@@ -161,6 +161,7 @@ class _Run:
                 self._collect(shared, self._bound(block, move_call(call, device)))
             for group in _groups(shared, stage):
                 pending |= self._solve(group, shared)
+                shared.forget(group)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
         swap_all(self.model, {name: packed for name, packed in pending.items() if packed.activations})
@@ -187,8 +188,10 @@ class _Run:
         probe = SharedInputs(layers, mixtures, self.everything)
         self._collect(probe, first)
         routed = {name for name in layers if layers[name] in probe.routed}
-        found = stages(list(layers), list(probe.shared_by().values()), routed)
-        return [{name: layers[name] for name in stage} for stage in found]
+        groups = list(probe.shared_by().values())
+        features = {name: dense_weight(layer).shape[1] for name, layer in layers.items()}
+        found = stages(list(layers), groups, routed)
+        return [{name: layers[name] for name in part} for stage in found for part in split(stage, groups, features)]
 
     def _mixtures(self, module: nn.Module, first: Callable[[], Any]) -> list[Experts | ListedExperts]:
         """The mixtures of experts inside a module that `first` runs; lists of experts only where it matters."""

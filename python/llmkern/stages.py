@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 # Distinct inputs of a block up to which they are taken one after the other.
 MAX_STAGES = 8
+# What the Hessians of a stage may take, fp32 [K, K] per input; 256 experts of K = 7168 would be 53 GB.
+MAX_HESSIANS = 4 << 30
 
 
 def stages(layers: Sequence[str], groups: Sequence[Sequence[str]], routed: Container[str] = ()) -> list[list[str]]:
@@ -23,6 +25,25 @@ def stages(layers: Sequence[str], groups: Sequence[Sequence[str]], routed: Conta
     if not _fits(found, layers):
         found = _merged(layers, groups, _kind)
     return found if _fits(found, layers) else [list(layers)]
+
+
+def split(stage: Sequence[str], groups: Sequence[Sequence[str]], k: Mapping[str, int]) -> list[list[str]]:
+    """A stage as several, none with more than MAX_HESSIANS bytes of Hessians unless one alone is larger.
+
+    groups: as in `stages`; k: the input features of each layer. Layers that share an input stay together. Each part is
+    one more pass over the data.
+    """
+    together = {name: tuple(group) for group in groups for name in group}
+    parts: list[list[str]] = []
+    room = 0
+    for group in dict.fromkeys(together.get(name, (name,)) for name in stage):
+        need = 4 * k[group[0]] ** 2
+        if not parts or need > room:
+            parts.append([])
+            room = MAX_HESSIANS
+        room -= need
+        parts[-1] += group
+    return parts
 
 
 def _kind(name: str) -> str:
