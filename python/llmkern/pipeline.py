@@ -29,6 +29,8 @@ NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in on
 OUTSIDE = "outside the repeated blocks: calibrated after them"
 NO_NOTES: Mapping[str, str] = MappingProxyType({})
 REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
+# Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
+SWAPS = 64
 UNMASKED = "its input is not laid out as the attention_mask: tokens of padding counted too"
 
 
@@ -94,8 +96,14 @@ class _Run:
         self.found_mixtures = False
 
     def data_free(self) -> None:
-        for name in self.chosen:
-            self._replace({name: self.model.get_submodule(name)}, None)
+        names = list(self.chosen)
+        for start in range(0, len(names), SWAPS):
+            pending: dict[str, PackedLinear] = {}
+            try:
+                for name in names[start : start + SWAPS]:
+                    pending |= self._solve({name: self.model.get_submodule(name)}, None)
+            finally:
+                swap_all(self.model, pending)
 
     def calibrated(self, batches: list[Call]) -> None:
         """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
