@@ -161,6 +161,61 @@ def test_gradients_flow_to_tokens_and_router(kind):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:save. llmkern.load reads this folder")
+@pytest.mark.parametrize("padded", [False, True])
+def test_experts_whose_tokens_come_scaled_and_sorted(padded, monkeypatch, tmp_path):
+    """Llama 4: the routing is in the zeros of what the experts are given."""
+    seen = {}
+
+    def solve(weight, hessian, recipe):
+        seen[weight.data_ptr()] = (hessian.raw().clone(), hessian.tokens)
+        return rtn(weight, None, bits=8, group_size=None)
+
+    monkeypatch.setattr(patching, "solve", solve)
+    model, twin, batches, home = tiny.llama4(), tiny.llama4(), batches_of(padded), "model.layers.0.feed_forward.experts"
+    fused, read = twin.get_submodule(home), []
+
+    def keep(module, args):
+        counted = batch["attention_mask"].reshape(-1).bool()
+        x = args[0].view(4, -1, 64)
+        read.append([part[counted & part.any(-1)] for part in x])
+
+    with experts.unfused(model):
+        pointers = {name: layer.weight.data_ptr() for name, layer in model.named_modules() if is_linear(layer)}
+    report = compress(model, "gptq-int8", batches)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # solved before
+        set_weight(twin, name := f"model.layers.0.self_attn.{name}", model.get_submodule(name).unpack())
+    with fused.register_forward_pre_hook(keep), torch.no_grad():
+        for batch in batches:
+            twin(**batch)
+    tokens = {row.name: row.tokens for row in report.rows}
+    for at in range(4):
+        x = torch.cat([parts[at] for parts in read])
+        gate, up = (x @ model.get_submodule(f"{home}.{at}.gate_up_proj").unpack().T).chunk(2, -1)
+        for name, inputs in (("gate_up_proj", x), ("down_proj", torch.nn.functional.silu(gate) * up)):
+            hessian, count = seen[pointers[f"{home}.{at}.{name}"]]
+            assert count == len(inputs) == tokens[f"{home}.{at}.{name}"]
+            wanted = inputs.T @ inputs
+            assert (hessian - wanted).norm() < 1e-4 * wanted.norm()
+    llmkern.save(model, tmp_path / "m")
+    ids = tiny.token_ids(2)
+    assert torch.equal(tiny.output("llama4", llmkern.load(tmp_path / "m"), ids), tiny.output("llama4", model, ids))
+    assert typical_error(tiny.output("llama4", model, ids), tiny.output("llama4", tiny.llama4(), ids)) < 0.03
+
+
+def test_experts_whose_tokens_come_scaled_know_no_others():
+    model, ids = tiny.llama4(), tiny.token_ids(2)
+    before = tiny.output("llama4", model, ids)
+    with pytest.raises(ValueError, match='experts="all": Llama4TextExperts gets its tokens scaled'):
+        compress(model, "gptq-int8", tiny.token_ids(), experts="all")
+    model = tiny.llama4()
+    modules = dict(model.named_modules())
+    llmkern.patch(model, "rtn-int8")
+    assert 0 < typical_error(tiny.output("llama4", model, ids), before) < 0.03
+    llmkern.unpatch(model)
+    assert dict(model.named_modules()) == modules
+
+
 class Described(torch.nn.Module):
     """What `build` goes by, with a forward that the test changes."""
 

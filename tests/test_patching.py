@@ -199,17 +199,22 @@ def test_modules_with_a_weight_in_a_forward_of_their_own_are_reported():
     model = torch.nn.ModuleDict({
         "attention": torch.nn.MultiheadAttention(16, 2), "lstm": torch.nn.LSTM(16, 16),
         "bilinear": torch.nn.Bilinear(4, 4, 4), "linear": torch.nn.Linear(16, 16), "conv": torch.nn.Conv1d(4, 4, 3),
-        "embedding": torch.nn.Embedding(8, 16), "norm": torch.nn.LayerNorm(16),
+        "embedding": torch.nn.Embedding(8, 16), "norm": torch.nn.LayerNorm(16), "raw": torch.nn.Module(),
     })  # fmt: skip
+    for name in ("w1", "position_embeddings", "class_token", "relative_bias"):
+        size = (1, 1, 8) if name == "class_token" else (6, 8)
+        model["raw"].register_parameter(name, torch.nn.Parameter(torch.randn(size)))
     report = llmkern.patch(model, "rtn-int8")
     reasons = {skip.name: skip.reason for skip in report.skipped}
-    assert reasons.keys() == {"attention", "attention.out_proj", "lstm", "bilinear"}
+    assert reasons.keys() == {"attention", "attention.out_proj", "lstm", "bilinear", "raw"}
     assert (
         reasons["attention"] == "MultiheadAttention multiplies with its weight in a forward of its own (as routers do)"
     )
     assert "a subclass of nn.Linear" in reasons["attention.out_proj"]
     assert "does not say how it is laid out" in reasons["bilinear"]
-    assert {skip.name: skip.bytes for skip in report.skipped}["attention"] == 4 * 48 * 16
+    sizes = {skip.name: skip.bytes for skip in report.skipped}
+    assert sizes["attention"] == 4 * 48 * 16
+    assert sizes["raw"] == 4 * 6 * 8
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

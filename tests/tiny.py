@@ -109,6 +109,13 @@ def gpt_oss(**changes):
     return _build(transformers.GptOssForCausalLM, transformers.GptOssConfig(**{**sizes, **changes}))
 
 
+def llama4(**changes):
+    """Experts that are given all tokens, scaled by the router, and 0 where it chose another."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {**MOE, "num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+    return _build(transformers.Llama4ForCausalLM, transformers.Llama4TextConfig(**{**sizes, **changes}))
+
+
 def switch(**changes):
     """Experts in an nn.ModuleDict; an encoder and a decoder."""
     transformers = pytest.importorskip("transformers")

@@ -15,6 +15,7 @@ compared with the fused module on a few tokens before it takes its place.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -52,7 +53,7 @@ class Experts(nn.Module):
         """The layers view the parameters of `fused`, which `build` has found to be known."""
         super().__init__()
         first, down = _projections(fused)
-        self.transposed = bool(fused.is_transposed)
+        self.transposed = _is_transposed(fused)
         self.num_experts = int(getattr(fused, down).shape[0])
         self.gating = _without(fused, (first, down, f"{first}_bias", f"{down}_bias"))
         for at in range(self.num_experts):
@@ -113,7 +114,13 @@ class Experts(nn.Module):
         first, down = self._modules[str(at)]._modules.values()  # type: ignore[union-attr]
         gating = self.gating
         x = first(x)  # type: ignore[misc]
-        x = gating._apply_gate(x) if getattr(gating, "has_gate", True) else gating.act_fn(x)  # type: ignore[operator]
+        if hasattr(gating, "_apply_gate") and getattr(gating, "has_gate", True):
+            x = gating._apply_gate(x)  # type: ignore[operator]
+        elif getattr(gating, "has_gate", True):
+            gate, up = x.chunk(2, dim=-1)
+            x = gating.act_fn(gate) * up  # type: ignore[operator]
+        else:
+            x = gating.act_fn(x)  # type: ignore[operator]
         x = down(x)  # type: ignore[misc]
         return gating.post_expert_norm(x) if getattr(gating, "has_post_expert_norm", False) else x  # type: ignore[operator]
 
@@ -129,10 +136,32 @@ class Experts(nn.Module):
         return result
 
 
+class SortedExperts(Experts):
+    """As Llama 4 has them: each expert is given all tokens, scaled by the router, and 0 where it chose another."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """[E * T, H] -> [E * T, H], all tokens for expert 0 first; 0 stays 0."""
+        x = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+        keep = x.any(-1)
+        if self.mode is not None:
+            if self.mode.everything:
+                raise ValueError(
+                    f'experts="all": {type(self.gating).__name__} gets its tokens scaled by the router, so that others '
+                    "are not known"
+                )
+            if self.mode.rows is not None and len(self.mode.rows) == x.shape[1]:
+                keep &= self.mode.rows.to(keep.device)
+        result = torch.zeros_like(x)
+        for at, rows in enumerate(keep):
+            if len(chosen := rows.nonzero()[:, 0]):
+                result[at, chosen] = self._expert(at, x[at, chosen]).to(x.dtype)
+        return result.view_as(hidden_states)
+
+
 def build(fused: nn.Module) -> Experts | str:
     """`Experts` for a module with 3-D parameters, or why there are none: its layout and its forward must be known."""
-    missing = [name for name in ("is_transposed", "has_bias") if not isinstance(getattr(fused, name, None), bool)]
-    if missing or not (callable(getattr(fused, "_apply_gate", None)) or callable(getattr(fused, "act_fn", None))):
+    described = all(isinstance(getattr(fused, name, None), bool) for name in ("is_transposed", "has_bias"))
+    if not described and len(inspect.signature(fused.forward).parameters) != 1:
         return f"3-D weights in a forward that is not known: {type(fused).__name__} does not say how it is laid out"
     first, down = _projections(fused)
     shapes = [list(getattr(getattr(fused, name, None), "shape", ())) for name in (first, down)]
@@ -140,8 +169,8 @@ def build(fused: nn.Module) -> Experts | str:
         return f"experts need {first} and {down} as [E, ., .], got {shapes[0]} and {shapes[1]}"
     if getattr(fused, "_is_expert_parallel", False):
         return "its experts are spread over several processes"
-    experts = Experts(fused)
     try:
+        experts = Experts(fused) if described else SortedExperts(fused)
         return _difference(fused, experts) or experts
     except Exception as error:
         return f"its forward does not take tokens, experts and weights: {type(error).__name__}: {error}".split("\n")[0]
@@ -208,14 +237,20 @@ def _projections(fused: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if getattr(fused, "has_gate", True) else "up_proj"), "down_proj"
 
 
+def _is_transposed(fused: nn.Module) -> bool:
+    """Whether the weights are [E, K, N], by what the module says or else by their shapes."""
+    first, down = (getattr(fused, name) for name in _projections(fused))
+    return bool(getattr(fused, "is_transposed", first.shape[1] == down.shape[2]))
+
+
 def _linear(fused: nn.Module, name: str, at: int) -> nn.Linear:
     """One expert's projection, a view."""
     whole = getattr(fused, name)
-    weight = whole.data[at].T if fused.is_transposed else whole.data[at]
+    weight = whole.data[at].T if _is_transposed(fused) else whole.data[at]
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=whole.requires_grad)
-    if fused.has_bias:
+    if getattr(fused, "has_bias", False):
         bias = getattr(fused, f"{name}_bias")
         linear.bias = nn.Parameter(bias.data[at], requires_grad=bias.requires_grad)
     return linear.train(fused.training)
@@ -234,13 +269,15 @@ def _difference(fused: nn.Module, experts: Experts) -> str:
     first = getattr(fused, _projections(fused)[0])
     if first.is_meta:
         return ""
-    count, hidden = first.shape[0], first.shape[1 if fused.is_transposed else 2]
+    count, hidden = first.shape[0], first.shape[1 if experts.transposed else 2]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, hidden, generator=generator).to(first)
     index = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(4)]).to(first.device)
-    weights = torch.rand(index.shape, generator=generator).to(first)
+    args: tuple[Tensor, ...] = (x, index, torch.rand(index.shape, generator=generator).to(first))
+    if isinstance(experts, SortedExperts):
+        args = ((x * (torch.arange(count * 4) % 3 > 0).view(count, 4, 1).to(first)).view(-1, hidden),)
     with torch.no_grad():
-        wanted, got = fused(x, index, weights), experts(x, index, weights)
+        wanted, got = fused(*args), experts(*args)
     if not isinstance(wanted, Tensor) or wanted.shape != got.shape:
         return f"its forward returns {getattr(wanted, 'shape', type(wanted).__name__)}, not the tokens' new values"
     error = (wanted.float() - got.float()).norm() / wanted.float().norm().clamp(min=1e-30)

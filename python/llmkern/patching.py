@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +19,8 @@ from llmkern.report import Report, Row, Skipped, model_bytes
 from llmkern.solve import solve
 from llmkern.solvers import Solution
 
+# Parameters of two or three dimensions that nothing is multiplied with: biases of experts, positions, decay rates.
+NO_MATRIX = "bias|embed|pos|table|A_log"
 # The originals of a patched model, on the model itself: they follow it through deepcopy, and nothing global holds it.
 ORIGINALS = "_llmkern_originals"
 
@@ -210,7 +213,7 @@ def _why_not(module: nn.Module) -> str:
 def _matrices(module: nn.Module) -> list[nn.Parameter]:
     """The module's own parameters that look like matrices to multiply with, or stacks of them."""
     own = module.named_parameters(recurse=False)
-    return [p for name, p in own if p.ndim in (2, 3) and min(p.shape) > 1 and ("weight" in name or "proj" in name)]
+    return [p for name, p in own if p.ndim in (2, 3) and min(p.shape) > 1 and not re.search(NO_MATRIX, name)]
 
 
 def _matrix_bytes(module: nn.Module) -> int:
