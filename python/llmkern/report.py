@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,21 @@ class Report:
             "mean_loss": sum(losses) / len(losses) if losses else None,
             "solver_seconds": sum(row.seconds for row in self.rows),
         }
+
+    def annotate(self, notes: Mapping[str, Sequence[str]]) -> None:
+        """Add notes to rows by their names."""
+        for row in self.rows:
+            row.notes = (*row.notes, *notes.get(row.name, ()))
+
+    def note_few_tokens(self) -> None:
+        """Say how many layers saw fewer tokens than they have input features: their Hessian is not of full rank."""
+        few = [row for row in self.rows if 0 < row.tokens < row.shape[1]]
+        if few:
+            worst = min(few, key=lambda row: row.tokens / row.shape[1])
+            self.notes.append(
+                f"{len(few)} layers saw fewer calibration tokens than they have input features, {worst.name} only "
+                f'{worst.tokens} for {worst.shape[1]}: give more data (experts: or all tokens, experts="all")'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what `to_json` writes. A loss that is not finite becomes None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
+    parser.add_argument(
+        "--experts", choices=("routed", "all"),
+        help="of a mixture: calibrate each expert from the tokens routed to it, or from all (default: the recipe's)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
 
 
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     # All that can be refused is refused before the first long step.
     recipe = parse_recipe(args.recipe)
+    if args.experts:
+        recipe = replace(recipe, experts=args.experts)
     refuse_foreign(args.out)
     text = data.read_text(args.calibration)
     quiet_transformers()
