@@ -19,9 +19,10 @@ from llmkern.solvers._checks import (
     check_passes,
     live,
 )
-from llmkern.solvers.columns import descend, gptq_columns
+from llmkern.solvers.columns import gptq_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
+from llmkern.solvers.output import OutputHessian, coupled_columns, further
 from llmkern.solvers.solution import Solution, pack_quantized, relative_loss
 
 ORDERS = ("static", "dynamic", None)
@@ -30,7 +31,7 @@ ORDERS = ("static", "dynamic", None)
 def gptq(
     weight: Tensor, hessian: Hessian | Tensor, *, bits: int = 4, group_size: int | None = 128, symmetric: bool = True,
     act_order: str | None = "static", clip: str | None = "hessian", damp: float = 0.01, mask: Tensor | None = None,
-    descent: int = 0, scale_dtype: torch.dtype = torch.float32,
+    descent: int = 0, scale_dtype: torch.dtype = torch.float32, output: OutputHessian | None = None,
 ) -> Solution:  # fmt: skip
     """Quantize weight [N, K] to `bits` (2 to 8) so that the layer's output on its calibration input changes least.
 
@@ -64,9 +65,12 @@ def gptq(
         return find_grid(values, importance[places], group_size=min(group_size, values.shape[1]), **options)
 
     dynamic = find if act_order == "dynamic" and group_size < w.shape[1] else None
-    q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)
+    if output is None:
+        q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)
+    else:
+        q, lost = coupled_columns(target, factor, grid, mask, output), math.nan
     if descent:
         lost = math.nan
-        q = descend(target, q, state.damped(factor.damp), grid, mask, descent)
+        q = further(target, q, state.damped(factor.damp), grid, mask, descent, output)
     packed, notes = pack_quantized(q, grid, mask)
     return Solution(q, packed, mask, relative_loss(w, q, state, lost), factor.damp, (*factor.notes, *notes))

@@ -20,21 +20,25 @@ from llmkern.solvers._checks import (
     live,
 )
 from llmkern.solvers.admm import admm_mask
-from llmkern.solvers.columns import descend, gptq_columns, sparsegpt_columns
+from llmkern.solvers.columns import gptq_columns, sparsegpt_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
+from llmkern.solvers.output import OutputHessian, coupled_columns, further
+from llmkern.solvers.refit import coupled_refit
 from llmkern.solvers.refit import refit as refit_kept
 from llmkern.solvers.solution import Solution, pack_kept, pack_quantized, relative_loss
 
 # Conjugate gradients from SparseGPT's own weights then have 96 to 99.8 % of what exact least squares gains over them
 # (measured on SmolLM2's layers; 10 steps have 90 to 99 %).
 REFIT_STEPS = 15
+COUPLED_STEPS = 25
 
 
 def sparsegpt(
     weight: Tensor, hessian: Hessian | Tensor, *, sparsity: float | str = 0.5, bits: int | None = None,
     group_size: int | None = 128, refit: bool = True, damp: float = 0.01, clip: str | None = "hessian",
     descent: int = 2, scale_dtype: torch.dtype = torch.float32, mask: str | None = None,
+    output: OutputHessian | None = None,
 ) -> Solution:  # fmt: skip
     """Prune weight [N, K] so that the layer's output on its calibration input changes least; with bits, quantize too.
 
@@ -65,17 +69,24 @@ def sparsegpt(
     if bits is not None and not refit:
         grid = find_grid(target, importance, **options)
     if by_admm:
-        q, kept, lost = target, admm_mask(target, state, factor.damp, pattern), math.nan
+        q, kept, lost = target, admm_mask(target, state, factor.damp, pattern, output), math.nan
     else:
         q, kept, lost = sparsegpt_columns(target, factor, pattern, grid)
     if refit:
         lost = math.nan
         damped = state.damped(factor.damp)
-        q = refit_kept(target, q, kept, damped, REFIT_STEPS)
+        if output is None:
+            q = refit_kept(target, q, kept, damped, REFIT_STEPS)
+        else:
+            q = coupled_refit(target, q, kept, damped, output, COUPLED_STEPS)
         if bits is not None:
             grid = find_grid(q, importance, **options)
-            q, _ = gptq_columns(q, state.factor("activation", damp), grid, kept)
-            q = descend(target, q, damped, grid, kept, descent)
+            ordered = state.factor("activation", damp)
+            if output is None:
+                q, _ = gptq_columns(q, ordered, grid, kept)
+            else:
+                q = coupled_columns(q, ordered, grid, kept, output)
+            q = further(target, q, damped, grid, kept, descent, output)
     if grid is not None:
         packed, notes = pack_quantized(q, grid, kept)
     else:
@@ -88,7 +99,7 @@ def sparsegpt(
 def _by_admm(mask: str | None, pattern: Pattern, refit: bool) -> bool:
     """Whether the mask comes from ADMM; ValueError if it cannot."""
     check_choice("sparsegpt", "mask", mask, ("admm", "sparsegpt", None))
-    possible = refit and pattern.m > 0
+    possible = refit
     if mask == "admm" and not possible:
         raise ValueError(f'sparsegpt: mask="admm" needs an "n:m" sparsity and refit=True, got refit={refit}')
     return possible and mask != "sparsegpt"
