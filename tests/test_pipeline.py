@@ -302,11 +302,6 @@ def test_a_device_is_where_blocks_run_and_not_where_the_model_stays():
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-def test_state_dir_is_not_silently_ignored(tmp_path):
-    with pytest.raises(NotImplementedError, match="state_dir"):
-        compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
-
-
 def test_activations_that_are_not_finite_name_the_layer():
     model = tiny.llama()
     with torch.no_grad():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,20 +19,27 @@ from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
+from llmkern.distributed import Alone, Group, team
+from llmkern.fingerprint import fingerprint
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, solve_and_keep, swap
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
+from llmkern.solved import Solved, decode
+from llmkern.state import NoState, State
 
 # Distinct inputs of a block up to which they are taken one after the other.
 MAX_STAGES = 8
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
+# Dense bytes of the layers that one part of a state holds where there are no blocks: fewer are not worth the flushing.
+PART_BYTES = 256 << 20
 OUTSIDE = "outside the repeated blocks: calibrated after them"
 
 
 def compress(
     model: nn.Module, recipe: str | Recipe, calibration: Calibration | None = None, *,
-    device: torch.device | str | None = None, state_dir: str | Path | None = None, progress: bool = True,
+    device: torch.device | str | None = None, state_dir: str | Path | None = None, strict: bool = False,
+    progress: bool = True,
 ) -> Report:  # fmt: skip
     """Compress the linear layers of `model` in place, as `recipe` says, and report on every one.
 
@@ -39,27 +48,38 @@ def compress(
     fine for data-free recipes. device: where blocks run and are solved (default: where they are); the model stays where
     it is otherwise. progress: a bar on stderr.
 
+    state_dir: a folder in which every finished block becomes durable. The same call on the dense model, after the
+    process was killed, goes on from there, and the result is the same bit for bit; the folder of another model, recipe,
+    calibration or version is refused (see `llmkern.state.State` for all it raises). It stays when the run is over:
+    delete it once the model is saved. strict: what the report calls a problem of a layer is an error before the layer
+    is replaced.
+
+    In an initialized process group of several ranks, all of them call this with the same arguments, share the work
+    (`llmkern.distributed`), and end up with the same model; state_dir is read and written by rank 0 alone.
+
     Raises ValueError: no calibration tokens, a layer that saw none, activations that are not finite (the layer is
     named), a pattern that matches nothing, a model that is compressed already, or what a solver refuses. Layers
-    replaced before the error stay replaced, the message counts them, and the model still runs.
+    replaced before the error stay replaced, the message counts them, and the model still runs. RuntimeError: another
+    rank is gone.
     """
     recipe = Recipe.parse(recipe)
-    if state_dir is not None:
-        raise NotImplementedError("compress: state_dir (resume) is not implemented yet; leave it out")
     start, before = time.perf_counter(), model_bytes(model)
     report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
     if recipe.method == "cast":
         _cast(model, recipe, report)
     else:
         chosen, report.skipped = choose(model, recipe, "compress")
-        run = _Run(model, chosen, report, device, progress)
+        run = _Run(model, chosen, report, device, strict, progress)
+        needs_data = any(wanted.needs_calibration for wanted in chosen.values())
         with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
-            if any(wanted.needs_calibration for wanted in chosen.values()):
-                run.calibrated(calls_of(model, calibration))
-            else:
-                run.data_free()
-                if calibration is not None:
-                    report.notes.append(f"{recipe} needs no data: the calibration was not used")
+            batches = calls_of(model, calibration) if needs_data else []
+            with closing(run.open(recipe, batches, state_dir)):
+                if needs_data:
+                    run.calibrated(batches)
+                else:
+                    run.data_free()
+            if calibration is not None and not needs_data:
+                report.notes.append(f"{recipe} needs no data: the calibration was not used")
     report.model_bytes_after = model_bytes(model)
     report.seconds = time.perf_counter() - start
     return report
@@ -69,20 +89,45 @@ class _Run:
     """One compression: the model, what each layer gets, and the report that grows."""
 
     def __init__(
-        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, progress: bool
+        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, strict: bool, progress: bool
     ) -> None:
-        self.model, self.chosen, self.report = model, chosen, report
+        self.model, self.chosen, self.report, self.strict = model, chosen, report, strict
         self.device = None if device is None else torch.device(device)
-        self.bar = Progress(report.recipe, len(chosen), progress)
-        self.batches: list[Call] = []
+        self.team: Alone = team()
+        self.bar = Progress(report.recipe, len(chosen), progress and self.team.rank == 0)
+        self.state: State | NoState = NoState()
+        self.done: frozenset[str] = frozenset()  # parts of the state
+        self.batches: list[Call] = []  # this rank's
+
+    def open(self, recipe: Recipe, batches: list[Call], folder: str | Path | None) -> State | NoState:
+        """The state to close at the end; what is in it already will not be solved again."""
+
+        @cache
+        def about() -> dict[str, Any]:
+            return fingerprint(self.model, recipe, batches, self.device, values=folder is not None)
+
+        def start() -> tuple[tuple[str, ...], tuple[str, ...]]:
+            if folder is not None:
+                self.state = State(folder, about(), self.team.size)
+            return self.state.parts, self.state.notes
+
+        self.team.check_same(about)
+        parts, notes = self.team.from_first(start)
+        self.done = frozenset(parts)
+        self.report.notes += notes
+        return self.state
 
     def data_free(self) -> None:
+        parts: list[dict[str, nn.Module]] = [{}]
         for name in self.chosen:
-            self._replace({name: self.model.get_submodule(name)}, None)
+            if sum(dense_weight(layer).nbytes for layer in parts[-1].values()) >= PART_BYTES:
+                parts.append({})
+            parts[-1][name] = self.model.get_submodule(name)
+        self._replace(self.team.data_free(parts), needs_data=False)
 
     def calibrated(self, batches: list[Call]) -> None:
         """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
-        self.batches = batches
+        self.batches = self.team.share(batches)
         self.report.tokens = sum(map(count_tokens, batches))
         first = batches[0]
         if len(first.args) == 1 and not first.kwargs:
@@ -93,14 +138,10 @@ class _Run:
             done |= self._chain(chain)
         rest = {name: self.model.get_submodule(name) for name in self.chosen if name not in done}
         if rest:
-            shared = SharedInputs(rest)
-            for batch in batches:
-                shared.rows = rows_that_count(self.model, batch)
-                self._collect(shared, self._bound(self.model, batch))
+            groups = self._groups(rest, ((self.model, batch) for batch in self.batches))
             inside = tuple(block + "." for block in irregular)
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
-            for layers in _groups(shared, rest):
-                self._replace(layers, shared, notes)
+            self._replace(groups, notes)
 
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
@@ -111,54 +152,60 @@ class _Run:
         ]
         last = max((k for k in range(count) if layers[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
-        captured: list[dict[int, Call]] = []
+        durable = next((k for k in range(last + 1) if layers[k] and chain.names[k] not in self.done), last + 1)
+        if durable > last:
+            for k in range(last + 1):
+                self._swap(self._restored(chain.names[k], layers[k]))
+            return {name for found in layers for name in found}
+        # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
+        first = max(k for k in range(durable + 1) if not chain.follows[k])
+        captured = [self._capture(chain, batch, kinds) for batch in self.batches]
+        calls = [found[0] for found in captured]
+        captured = [chain.frame(found) for found in captured]
         hidden: list[Tensor] = []
-        calls: list[Call] = []
         for k in range(last + 1):
-            if k == 0:
-                captured = [self._capture(chain, batch, kinds) for batch in self.batches]
-                calls = [found[0] for found in captured]
-                captured = [chain.frame(found) for found in captured]
-            elif chain.follows[k]:
+            if k < first:
+                self._swap(self._restored(chain.names[k], layers[k]))
+                continue
+            if chain.follows[k]:
                 calls = [chain.call(k, found, h) for found, h in zip(captured, hidden, strict=True)]
-            else:
+            elif k:
                 calls = [self._capture(chain, batch, [k])[k] for batch in self.batches]
             feeds_next = k < last and chain.follows[k + 1]
-            hidden = self._block(chain.blocks[k], layers[k], calls, feeds_next)
+            hidden = self._block(chain.names[k], chain.blocks[k], layers[k], calls, feeds_next)
         return {name for found in layers for name in found}
 
     def _block(
-        self, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
+        self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
     ) -> list[Tensor]:
         """Compress one block on these calls; with `feeds_next`, the hidden states it hands on."""
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         device = self.device or home
         block.to(device)
-        pending: dict[str, PackedLinear] = {}
-        for stage in self._stages(block, layers, move_call(calls[0], device)):
-            shared = SharedInputs(stage)
-            for batch, call in zip(self.batches, calls, strict=True):
-                shared.rows = rows_that_count(self.model, batch)
-                self._collect(shared, self._bound(block, move_call(call, device)))
-            for group in _groups(shared, stage):
-                pending |= self._solve(group, shared)
+        if part in self.done:
+            solved = self._run_dense(self._restored(part, layers))
+        else:
+            solved = {}
+            for stage in self._stages(block, layers, calls, device):
+                groups = self._groups(stage, ((block, move_call(call, device)) for call in calls))
+                for found in self._solve(groups):
+                    solved |= self._run_dense(found)
+            self._keep(part, solved)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
-        for name, packed in pending.items():
-            if packed.activations:
-                swap(self.model, name, packed)
+        self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
         hidden = []
         if feeds_next:
             for call in calls:
                 args, kwargs = move_call(call, device)
                 hidden.append(move(blocks.hidden_state(block(*args, **kwargs)), home))
-        for name, packed in pending.items():
-            if not packed.activations:
-                swap(self.model, name, packed)
+        self._swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
         block.to(home)
         return hidden
 
-    def _stages(self, block: nn.Module, layers: dict[str, nn.Module], first: Call) -> list[dict[str, nn.Module]]:
+    def _stages(
+        self, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], device: torch.device
+    ) -> list[dict[str, nn.Module]]:
         """The block's layers in the order of their inputs, each stage on inputs from the stages solved before it.
 
         A forward ends at its stage's last layer, so four stages (q/k/v, o, gate/up, down) cost about half a forward
@@ -166,40 +213,100 @@ class _Run:
         """
         if not layers:
             return []
-        probe = SharedInputs(layers)
-        self._collect(probe, self._bound(block, first))
-        stages = [{name: layers[name] for name in group} for group in probe.shared_by().values()]
+
+        def probe() -> list[list[str]]:
+            shared = SharedInputs(layers)
+            self._collect(shared, self._bound(block, move_call(calls[0], device)))
+            return list(shared.shared_by().values())
+
+        stages = [{name: layers[name] for name in group} for group in self.team.from_first(probe)]
         complete = sum(map(len, stages)) == len(layers)
         return stages if complete and len(stages) <= MAX_STAGES else [layers]
 
+    def _groups(self, layers: dict[str, nn.Module], runs: Iterable[tuple[nn.Module, Call]]) -> list[Group]:
+        """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch."""
+        shared = SharedInputs(layers)
+
+        def collect() -> None:
+            for batch, (module, call) in zip(self.batches, runs, strict=True):
+                shared.rows = rows_that_count(self.model, batch)
+                self._collect(shared, self._bound(module, call))
+
+        self.team.each(collect)
+        return self.team.groups(shared, layers)
+
     def _solve(
-        self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = MappingProxyType({})
-    ) -> dict[str, PackedLinear]:
-        """Solve the layers of one input. Their dense weights become the solutions; the packed layers are returned."""
-        pending = {}
-        for name, layer in layers.items():
-            hessian = None
-            if shared is not None:
-                hessian = shared.hessian(name)
-                if hessian is None or not hessian.tokens:
+        self, groups: list[Group], notes: Mapping[str, str] = MappingProxyType({}), needs_data: bool = True
+    ) -> Iterator[dict[str, Solved]]:
+        """Solve these groups, one after the other; nothing is put in place yet."""
+
+        def solve(group: Group) -> dict[str, Solved]:
+            solved = {}
+            for name, layer in group.layers.items():
+                if needs_data and (group.hessian is None or not group.hessian.tokens):
                     raise ValueError(
                         f"compress: layer {name} saw no calibration tokens; give data that reaches it or ignore it"
                     )
-            packed, row, solution = solve_and_keep("compress", name, layer, hessian, self.chosen[name])
-            if name in notes:
-                row.notes = (*row.notes, notes[name])
-            pending[name] = packed
-            self.report.rows.append(row)
-            if shared is not None:
-                layer.weight.copy_(solution.weight.T if is_conv1d(layer) else solution.weight)  # type: ignore[operator]
+                packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, self.chosen[name])
+                if name in notes:
+                    row.notes = (*row.notes, notes[name])
+                solved[name] = Solved(packed, row, solution.weight if needs_data else None)
+            return solved
+
+        for solved in self.team.solve(groups, solve):
+            self._take(solved)
+            yield solved
+
+    def _take(self, solved: dict[str, Solved]) -> None:
+        """Into the report."""
+        for name, layer in solved.items():
+            if self.strict and layer.row.problems:
+                raise ValueError(f"compress: layer {name}: {'; '.join(layer.row.problems)} (strict)")
+            self.report.rows.append(layer.row)
             self.bar.step(name)
-        return pending
+
+    def _run_dense(self, solved: dict[str, Solved]) -> dict[str, Solved]:
+        """Give the dense layers the values of their solutions, which are then not kept a second time."""
+        for name, layer in solved.items():
+            dense, values = self.model.get_submodule(name), layer.values()
+            dense.weight.copy_(values.T if is_conv1d(dense) else values)  # type: ignore[operator]
+        return {name: replace(layer, dense=None) for name, layer in solved.items()}
 
     def _replace(
-        self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = MappingProxyType({})
+        self, groups: list[Group], notes: Mapping[str, str] = MappingProxyType({}), needs_data: bool = True
     ) -> None:
-        for name, packed in self._solve(layers, shared, notes).items():
-            swap(self.model, name, packed)
+        """Solve these groups, each a part of the state, and put their packed layers in place."""
+        todo = []
+        for group in groups:
+            part = next(iter(group.layers))
+            if part in self.done:
+                self._swap(self._restored(part, group.layers))
+            else:
+                todo.append(group)
+        for solved in self._solve(todo, notes, needs_data):
+            self._keep(next(iter(solved)), solved)
+            self._swap(solved)
+
+    def _keep(self, part: str, solved: dict[str, Solved]) -> None:
+        """Make a part durable, where there is a state."""
+        if solved and self.team.rank == 0:
+            self.state.write(part, solved)
+
+    def _restored(self, part: str, layers: dict[str, nn.Module]) -> dict[str, Solved]:
+        """The layers of a part that is in the state."""
+        if not layers:
+            return {}
+        data = self.team.from_first(lambda: self.state.read(part))
+        try:
+            solved = decode(data, layers)
+        except ValueError as error:
+            raise ValueError(f"compress: part {part} of the state: {error}") from None
+        self._take(solved)
+        return solved
+
+    def _swap(self, solved: dict[str, Solved]) -> None:
+        for name, layer in solved.items():
+            swap(self.model, name, layer.packed)
 
     def _collect(self, shared: SharedInputs, run: Callable[[], Any]) -> None:
         try:
@@ -216,23 +323,17 @@ class _Run:
 
     @contextmanager
     def errors_count_layers(self) -> Iterator[None]:
-        """Errors say how many layers are replaced already."""
+        """Errors say how many layers are replaced already, and what a state has of them."""
         try:
             yield
         except (ValueError, TypeError, RuntimeError) as error:
             if not self.report.rows:
                 raise
             done = f"{len(self.report.rows)} of {len(self.chosen)} layers are changed already; the model still runs"
-            raise type(error)(f"{error} ({done})") from error
-
-
-def _groups(shared: SharedInputs, layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """The layers of each input, those that never ran last."""
-    groups = list(shared.shared_by().values())
-    ran = {name for group in groups for name in group}
-    for group in [*groups, [name for name in layers if name not in ran]]:
-        if group:
-            yield {name: layers[name] for name in group}
+            advice = f"; {self.state.advice}" if self.state.advice else ""
+            raise type(error)(f"{error} ({done}{advice})") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.state.advice) from None
 
 
 def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:

@@ -34,6 +34,7 @@ class Row:
     damp: float | None = None
     tokens: int = 0
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass

@@ -116,6 +116,21 @@ class Hessian:
         self._changed()
         return self
 
+    def partial(self) -> Tensor:
+        """A copy of the sum as it stands, fp32 [K, K], for adding up with those of other processes.
+
+        What is below the diagonal may be out of date: see `from_partial`.
+        """
+        return self._sum.clone()
+
+    @classmethod
+    def from_partial(cls, total: Tensor, tokens: int) -> Hessian:
+        """The Hessian of a sum of `partial`s, which is taken over, and of their tokens together."""
+        hessian = cls(len(total), "meta")
+        hessian._sum, hessian.tokens = total, tokens
+        hessian._whole = hessian._checked = False
+        return hessian
+
     def matrix(self) -> Tensor:
         """The mean of xxᵀ over tokens, fp32 [K, K]; a new tensor. ValueError without tokens."""
         return self.raw() / self.tokens

@@ -1,0 +1,223 @@
+"""Ranks of torch.distributed that compress one model together: who calibrates on what, who solves what, who has it.
+
+Every rank holds the model and gets the whole calibration. A rank runs its share of the batches through a stage, the
+Hessians are added up on the rank that will solve them, groups of layers are solved side by side, and every rank gets
+every result, so that all go on with the same model. Rank 0 writes. Hessians are sums, so one rank and several give the
+same model up to the order of summation.
+
+What fails on one rank fails on all, with that rank's message; a rank that has died or hangs is an error within the
+process group's timeout.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llmkern.blocks import Call, SharedInputs
+from llmkern.nn import dense_weight
+from llmkern.solved import Solved, decode, encode
+from llmkern.solvers import Hessian
+
+T = TypeVar("T")
+# What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+
+
+class Group(NamedTuple):
+    """Layers of one input; `hessian` is None without data, and on the ranks that do not solve them."""
+
+    layers: dict[str, nn.Module]
+    hessian: Hessian | None
+    owner: int = 0
+
+
+class Alone:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def share(self, calls: list[Call]) -> list[Call]:
+        """The batches that this rank calibrates on."""
+        return calls
+
+    def check_same(self, parts: Callable[[], dict[str, Any]]) -> None:
+        """Nobody could differ."""
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0."""
+        return work()
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank."""
+        return [work()]
+
+    def groups(self, shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[Group]:
+        """The layers by their input, those that never ran last, with the Hessians of all batches."""
+        groups = _by_leader(shared, layers)
+        return [Group({name: layers[name] for name in names}, shared.hessian(names[0])) for names in groups]
+
+    def data_free(self, parts: list[dict[str, nn.Module]]) -> list[Group]:
+        """These layers as groups without data."""
+        return [Group(part, None) for part in parts]
+
+    def solve(self, groups: list[Group], solve: Callable[[Group], dict[str, Solved]]) -> Iterator[dict[str, Solved]]:
+        """The results of all groups in their order."""
+        return map(solve, groups)
+
+
+class Team(Alone):
+    """The ranks of the default process group."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # gloo carries CPU tensors, nccl those of GPUs only.
+        gloo = "gloo" in str(dist.get_backend_config())
+        self._wire = torch.device("cpu") if gloo else torch.device("cuda", torch.cuda.current_device())
+
+    def share(self, calls: list[Call]) -> list[Call]:
+        """Every `size`-th batch; none where there are fewer batches than ranks."""
+        return calls[self.rank :: self.size]
+
+    def check_same(self, parts: Callable[[], dict[str, Any]]) -> None:
+        """ValueError unless all ranks are about to do the same."""
+        from llmkern.fingerprint import differences
+
+        first, *others = self.each(parts)
+        for rank, other in enumerate(others, 1):
+            if differ := differences(first, other):
+                text = "; ".join(differ[:3]).replace("there", "on rank 0").replace("here", f"on rank {rank}")
+                raise ValueError(f"compress: ranks must be given the same: {text}")
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, sent to every rank; its error too."""
+        sent: list[Any] = [_attempt(work) if self.rank == 0 else None]
+        with self._together():
+            dist.broadcast_object_list(sent, src=0, device=self._wire)
+        return self._value(0, sent[0])
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank, by rank; the first rank's error where there is one."""
+        mine, got = _attempt(work), [("", None)] * self.size
+        with self._together():
+            dist.all_gather_object(got, mine)
+        return [self._value(rank, outcome) for rank, outcome in enumerate(got)]
+
+    def groups(self, shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[Group]:
+        """As alone, each Hessian on its owner only. Layers share one if they did on every rank that ran them."""
+        leaders = self.each(lambda: {name: names[0] for names in _by_leader(shared, layers) for name in names})
+        ran = self.each(lambda: [name for name in layers if shared.tokens[name]])
+        together: dict[tuple, list[str]] = {}
+        for name in dict.fromkeys(name for found in leaders for name in found):
+            inputs = tuple(found[name] if name in ran[rank] else None for rank, found in enumerate(leaders))
+            together.setdefault(inputs, []).append(name)
+        found = [{name: layers[name] for name in names} for names in together.values()]
+        owners = assign(list(map(_cost, found)), self.size)
+        return [
+            Group(group, self._reduced(shared.hessian(next(iter(group))), group, owner), owner)
+            for group, owner in zip(found, owners, strict=True)
+        ]
+
+    def data_free(self, parts: list[dict[str, nn.Module]]) -> list[Group]:
+        """As alone, shared out by size."""
+        sizes = [sum(dense_weight(layer).numel() for layer in part.values()) for part in parts]
+        return [Group(part, None, owner) for part, owner in zip(parts, assign(sizes, self.size), strict=True)]
+
+    def solve(self, groups: list[Group], solve: Callable[[Group], dict[str, Solved]]) -> Iterator[dict[str, Solved]]:
+        """Each group on its owner, all owners at once; every rank then gets every result."""
+        mine: dict[int, dict[str, Solved]] = {}
+
+        def work() -> dict[int, int]:
+            mine.update({at: solve(group) for at, group in enumerate(groups) if group.owner == self.rank})
+            packets.update({at: encode(solved) for at, solved in mine.items()})
+            return {at: len(packet) for at, packet in packets.items()}
+
+        packets: dict[int, bytes] = {}
+        sizes = {at: size for found in self.each(work) for at, size in found.items()}
+        for at, group in enumerate(groups):
+            packet = self._broadcast(packets.pop(at, None), sizes[at], group.owner)
+            yield mine.pop(at) if at in mine else decode(packet, group.layers)
+
+    def _reduced(self, hessian: Hessian | None, group: Mapping[str, nn.Module], owner: int) -> Hessian | None:
+        """The group's Hessian over the batches of all ranks, on its owner."""
+        weight = dense_weight(next(iter(group.values())))
+        mine = hessian or Hessian(weight.shape[1], weight.device)
+        total = mine.partial()
+        if f"{total.device.type}:" not in str(dist.get_backend_config()):
+            total = total.to(self._wire)
+        tokens = torch.tensor(mine.tokens, device=total.device)
+        with self._together():
+            dist.reduce(total, owner)
+            dist.reduce(tokens, owner)
+        if self.rank != owner or not int(tokens):
+            return None
+        return Hessian.from_partial(total.to(mine.device), int(tokens))
+
+    def _broadcast(self, data: bytes | None, size: int, source: int) -> bytes:
+        packet = torch.frombuffer(bytearray(data or size), dtype=torch.uint8).to(self._wire)
+        with self._together():
+            dist.broadcast(packet, source)
+        return packet.cpu().numpy().tobytes()
+
+    def _value(self, rank: int, outcome: tuple[str, Any]) -> Any:
+        kind, value = outcome
+        if kind:
+            error = getattr(builtins, kind, RuntimeError)
+            raise error(value if rank == self.rank else f"{value} (rank {rank})")
+        return value
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what all ranks do at once: here a rank learns that another is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            rank = f"rank {self.rank} of {self.size}"
+            raise RuntimeError(f"compress: {rank}: another rank has ended or hangs: {lines[0]}") from error
+
+
+def team() -> Alone:
+    """The ranks of an initialized process group of several, else this process."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Team() if several else Alone()
+
+
+def assign(costs: Sequence[float], size: int) -> list[int]:
+    """An owner for each cost so that the most loaded of `size` ranks has little: dearest first, to the least loaded."""
+    load, owners = [0.0] * size, [0] * len(costs)
+    for at in sorted(range(len(costs)), key=lambda at: -costs[at]):
+        owners[at] = load.index(min(load))
+        load[owners[at]] += costs[at]
+    return owners
+
+
+def _cost(layers: Mapping[str, nn.Module]) -> float:
+    """Of solving the layers of one input: K³/3 for the factor, K² N for each layer."""
+    shapes = [dense_weight(layer).shape for layer in layers.values()]
+    k = shapes[0][1]
+    return k**3 / 3 + sum(n * k**2 for n, k in shapes)
+
+
+def _by_leader(shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of the layers of each input, those that never ran last, each by itself."""
+    found = list(shared.shared_by().values())
+    for names in found:
+        for name in names:
+            shared.hessian(name)  # raises where layers shared their input in some batches only
+    ran = {name for names in found for name in names}
+    return [*found, *([name] for name in layers if name not in ran)]
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
+    """("", value), or the name of an error and its text."""
+    try:
+        return "", work()
+    except ERRORS as error:
+        return type(error).__name__, str(error)
