@@ -67,6 +67,8 @@ def compress(
     report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
     if recipe.method == "cast":
         _cast(model, recipe, report)
+        if state_dir is not None:
+            report.notes.append(f"{recipe} is done at once: state_dir was not used")
     else:
         chosen, report.skipped = choose(model, recipe, "compress")
         run = _Run(model, chosen, report, device, strict, progress)

@@ -11,6 +11,7 @@ one forward per block, which gives the same bits and costs an unbroken run nothi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,18 +60,23 @@ class State:
     def __init__(self, folder: str | Path, fingerprint: dict[str, Any], ranks: int = 1) -> None:
         self.folder = Path(folder)
         self.notes: tuple[str, ...] = ()
-        self.advice = f"what is done is kept: the same call on the dense model with state_dir={str(folder)!r} goes on"
         self._lock = self._acquire()
         try:
             self._manifest = self._open(fingerprint, _running(ranks))
         except BaseException:
-            self.close()
+            self._lock.close()
             raise
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts that are done, in the order in which they were."""
         return tuple(entry["name"] for entry in self._manifest["parts"])
+
+    @property
+    def advice(self) -> str:
+        """What to tell whoever sees the run end early; empty if nothing is kept."""
+        kept = f"{len(self.parts)} finished parts are kept in {self.folder}"
+        return f"{kept}: the same call on the dense model (llmkern compress --resume) goes on" if self.parts else ""
 
     def read(self, part: str) -> bytes:
         """The bytes of a part, whose checksum was right when the state was opened."""
@@ -86,7 +92,12 @@ class State:
         self._commit([*self._manifest["parts"], entry])
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder, and of one without parts leave nothing."""
+        if not self.parts:
+            for file in (MANIFEST, LOCK):
+                (self.folder / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something of others is in it
+                self.folder.rmdir()
         self._lock.close()
 
     def _acquire(self) -> IO[str]:
@@ -120,11 +131,11 @@ class State:
 
     def _open(self, fingerprint: dict[str, Any], running: dict[str, Any]) -> dict[str, Any]:
         path = self.folder / MANIFEST
-        if not path.exists():
+        manifest = _read_manifest(path) if path.exists() else {"parts": []}
+        if not manifest["parts"]:
             self._manifest = {"version": STATE_VERSION, "fingerprint": fingerprint, "running": running, "parts": []}
             self._commit([])
             return self._manifest
-        manifest = _read_manifest(path)
         if differ := differences(manifest["fingerprint"], fingerprint):
             more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
             raise ValueError(f"state_dir {self.folder}: of another run: {'; '.join(differ[:3])}{more}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the same run where it was killed, if it was")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The report, and `out` and `seconds`."""
     from llmkern import data
     from llmkern.models import load_model
+    from llmkern.state import parts_in
 
     # All that can be refused is refused before the first long step.
     recipe = parse_recipe(args.recipe)
     refuse_foreign(args.out)
+    state = state_folder(args.out)
+    if (parts := parts_in(state)) and not args.resume:
+        raise FileExistsError(
+            f"--out {args.out}: a run that did not end has {parts} finished parts in {state}: "
+            "add --resume to go on with it, or delete that folder to start again"
+        )
     text = data.read_text(args.calibration)
     quiet_transformers()
     progress(f"loading {args.model}")
@@ -51,8 +60,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if recipe.needs_calibration:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
     start = time.perf_counter()
-    report = compress_into(args.out, model, tokenizer, recipe, windows)
+    if args.resume:
+        progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
+    report = compress_into(args.out, model, tokenizer, recipe, windows, state_dir=state)
+    shutil.rmtree(state, ignore_errors=True)
     return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
+
+
+def state_folder(out: Path) -> Path:
+    """Where a run keeps what it has finished until `out` is whole: a hidden folder beside it."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.llmkern-state")
 
 
 def show(result: dict[str, Any]) -> str:
