@@ -34,6 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
+    parser.add_argument("--strict", action="store_true", help="what the report calls a problem is an error")
     parser.add_argument("--resume", action="store_true", help="go on with the same run where it was killed, if it was")
 
 
@@ -62,8 +63,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     if args.resume:
         progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
-    report = compress_into(args.out, model, tokenizer, recipe, windows, state_dir=state)
+    report = compress_into(args.out, model, tokenizer, recipe, windows, state_dir=state, strict=args.strict)
     shutil.rmtree(state, ignore_errors=True)
+    for line in report.problem_lines():
+        progress(line)
     return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
 
 
@@ -75,4 +78,7 @@ def state_folder(out: Path) -> Path:
 
 def show(result: dict[str, Any]) -> str:
     """Where the model and its report are."""
-    return f"{result['out']}: saved in {Number(result['seconds'], 1)} s; per-layer report: {result['out']}/report.html"
+    problems = result["totals"]["problems"]
+    warning = f"; {problems} problems in it (--strict makes them errors)" if problems else ""
+    where = f"per-layer report: {result['out']}/report.html"
+    return f"{result['out']}: saved in {Number(result['seconds'], 1)} s; {where}{warning}"
