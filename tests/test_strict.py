@@ -10,7 +10,7 @@ import torch
 import llmkern
 from llmkern.nn import PackedLinear
 from llmkern.report import Report, Row
-from llmkern.solvers import Hessian, Problem, gptq, rtn, sparsegpt
+from llmkern.solvers import Hessian, Problem, gptq, hessian, rtn, sparsegpt
 from llmkern.solvers.grid import find_grid
 
 METHODS = (
@@ -31,13 +31,6 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def twins(k=32):
-    """Features 0 and 1 are the same, and all are whole numbers: their sums are exact, and only the damping parts them."""
-    x = (3 * normal(4 * k, k)).round()
-    x[:, 1] = x[:, 0]
-    return x
-
-
 def with_dead(k=32):
     x = normal(100, k)
     x[:, [3, 5]] = 0
@@ -53,15 +46,19 @@ def half_layer():
 
 CASES = {
     "dead": (with_dead(), {}, "2 of 32 input features are 0 in every token"),
-    "fp64": (twins(), {"damp": 3e-8}, "factored in fp64"),
+    "fp64": (normal(100, 32), {}, "factored in fp64"),
     "damped": (normal(4, 32), {"damp": 0.0}, "damp raised to"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", ["gptq-int4-g16", "sparsegpt-0.5", "sparsegpt-2:4-int4-g16"])
-def test_problems_of_the_data_are_named_and_strict_refuses_them(case, method):
+def test_problems_of_the_data_are_named_and_strict_refuses_them(case, method, monkeypatch):
     x, changes, text = CASES[case]
+    if case == "fp64":  # where fp32 gives up depends on how a machine adds
+        factor = hessian._upper_factor
+        in_fp64 = lambda matrix, places, dtype: None if dtype == torch.float32 else factor(matrix, places, dtype)  # noqa: E731
+        monkeypatch.setattr(hessian, "_upper_factor", in_fp64)
     recipe = llmkern.Recipe.parse(method, **changes)
     model = tiny.mlp()
     report = compress(model, recipe, [x])
