@@ -12,8 +12,11 @@ process group's timeout.
 from __future__ import annotations
 
 import builtins
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,11 +34,11 @@ ERRORS = (ValueError, TypeError, RuntimeError, OSError)
 
 
 class Group(NamedTuple):
-    """Layers of one input; `hessian` is None without data, and on the ranks that do not solve them."""
+    """Layers of one input, and the rank that solves each. hessian: None without data, and on ranks that solve none."""
 
     layers: dict[str, nn.Module]
     hessian: Hessian | None
-    owner: int = 0
+    owners: Mapping[str, int] = MappingProxyType({})
 
 
 class Alone:
@@ -118,44 +121,57 @@ class Team(Alone):
             inputs = tuple(found[name] if name in ran[rank] else None for rank, found in enumerate(leaders))
             together.setdefault(inputs, []).append(name)
         found = [{name: layers[name] for name in names} for names in together.values()]
-        owners = assign(list(map(_cost, found)), self.size)
         return [
-            Group(group, self._reduced(shared.hessian(next(iter(group))), group, owner), owner)
-            for group, owner in zip(found, owners, strict=True)
+            Group(group, self._reduced(shared.hessian(next(iter(group))), group, owners), owners)
+            for group, owners in zip(found, share_out(found, self.size), strict=True)
         ]
 
     def data_free(self, parts: list[dict[str, nn.Module]]) -> list[Group]:
         """As alone, shared out by size."""
-        sizes = [sum(dense_weight(layer).numel() for layer in part.values()) for part in parts]
-        return [Group(part, None, owner) for part, owner in zip(parts, assign(sizes, self.size), strict=True)]
+        owners = share_out(parts, self.size, factor=False)
+        return [Group(part, None, of) for part, of in zip(parts, owners, strict=True)]
 
     def solve(self, groups: list[Group], solve: Callable[[Group], dict[str, Solved]]) -> Iterator[dict[str, Solved]]:
-        """Each group on its owner, all owners at once; every rank then gets every result."""
+        """Each layer on its owner, all owners at once; every rank then gets every result."""
         mine: dict[int, dict[str, Solved]] = {}
+        packets: dict[int, bytes] = {}
 
         def work() -> dict[int, int]:
-            mine.update({at: solve(group) for at, group in enumerate(groups) if group.owner == self.rank})
-            packets.update({at: encode(solved) for at, solved in mine.items()})
+            for at, group in enumerate(groups):
+                own = {name: layer for name, layer in group.layers.items() if group.owners[name] == self.rank}
+                if own:
+                    mine[at] = solve(group._replace(layers=own))
+                    packets[at] = encode(mine[at])
             return {at: len(packet) for at, packet in packets.items()}
 
-        packets: dict[int, bytes] = {}
-        sizes = {at: size for found in self.each(work) for at, size in found.items()}
+        sizes = self.each(work)
         for at, group in enumerate(groups):
-            packet = self._broadcast(packets.pop(at, None), sizes[at], group.owner)
-            yield mine.pop(at) if at in mine else decode(packet, group.layers)
+            solved = mine.pop(at, {})
+            for owner in sorted(set(group.owners.values())):
+                packet = self._broadcast(packets.pop(at, None) if owner == self.rank else None, sizes[owner][at], owner)
+                if owner != self.rank:
+                    theirs = {name: layer for name, layer in group.layers.items() if group.owners[name] == owner}
+                    solved |= decode(packet, theirs)
+            yield {name: solved[name] for name in group.layers}
 
-    def _reduced(self, hessian: Hessian | None, group: Mapping[str, nn.Module], owner: int) -> Hessian | None:
-        """The group's Hessian over the batches of all ranks, on its owner."""
+    def _reduced(
+        self, hessian: Hessian | None, group: Mapping[str, nn.Module], owners: Mapping[str, int]
+    ) -> Hessian | None:
+        """The group's Hessian over the batches of all ranks, on those that solve one of its layers."""
         weight = dense_weight(next(iter(group.values())))
         mine = hessian or Hessian(weight.shape[1], weight.device)
         total = mine.partial()
         if f"{total.device.type}:" not in str(dist.get_backend_config()):
             total = total.to(self._wire)
         tokens = torch.tensor(mine.tokens, device=total.device)
+        wanted = set(owners.values())
         with self._together():
-            dist.reduce(total, owner)
-            dist.reduce(tokens, owner)
-        if self.rank != owner or not int(tokens):
+            for part in (total, tokens):
+                if len(wanted) == 1:
+                    dist.reduce(part, min(wanted))
+                else:
+                    dist.all_reduce(part)
+        if self.rank not in wanted or not int(tokens):
             return None
         return Hessian.from_partial(total.to(mine.device), int(tokens))
 
@@ -178,9 +194,30 @@ class Team(Alone):
         try:
             yield
         except RuntimeError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            # What it says after the place in its source and before its advice.
+            said = re.sub(r"^\[[^]]*\d\] ", "", str(error).strip()).split(". ")[0].split("\n")[0]
             rank = f"rank {self.rank} of {self.size}"
-            raise RuntimeError(f"compress: {rank}: another rank has ended or hangs: {lines[0]}") from error
+            raise RuntimeError(f"compress: {rank}: another rank has ended or hangs: {said}") from error
+
+
+@contextmanager
+def joined() -> Iterator[tuple[int, torch.device | None]]:
+    """Inside, this process is in the group that torchrun's environment variables describe; its rank and its GPU.
+
+    Rank 0 and no device where torchrun did not start it, or alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        yield 0, None
+        return
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl")
+    try:
+        yield dist.get_rank(), device
+    finally:
+        dist.destroy_process_group()
 
 
 def team() -> Alone:
@@ -189,20 +226,36 @@ def team() -> Alone:
     return Team() if several else Alone()
 
 
-def assign(costs: Sequence[float], size: int) -> list[int]:
-    """An owner for each cost so that the most loaded of `size` ranks has little: dearest first, to the least loaded."""
-    load, owners = [0.0] * size, [0] * len(costs)
-    for at in sorted(range(len(costs)), key=lambda at: -costs[at]):
-        owners[at] = load.index(min(load))
-        load[owners[at]] += costs[at]
-    return owners
+def share_out(groups: Sequence[Mapping[str, nn.Module]], size: int, *, factor: bool = True) -> list[dict[str, int]]:
+    """An owner for each layer of each group, so that the ranks are done at about the same time.
+
+    A layer costs K² N, and a rank's first layer of a group K³/3 more for the factor, where there is one; without, N K.
+    Groups stay whole unless that takes a tenth longer: experts are enough to go round, gate and up are not.
+    """
+    shapes = [{name: dense_weight(layer).shape for name, layer in group.items()} for group in groups]
+    whole = _assign([(at, list(group)) for at, group in enumerate(groups)], shapes, size, factor)
+    split = _assign([(at, [name]) for at, group in enumerate(groups) for name in group], shapes, size, factor)
+    return whole[0] if whole[1] <= 1.1 * split[1] else split[0]
 
 
-def _cost(layers: Mapping[str, nn.Module]) -> float:
-    """Of solving the layers of one input: K³/3 for the factor, K² N for each layer."""
-    shapes = [dense_weight(layer).shape for layer in layers.values()]
-    k = shapes[0][1]
-    return k**3 / 3 + sum(n * k**2 for n, k in shapes)
+def _assign(
+    items: list[tuple[int, list[str]]], shapes: list[dict[str, torch.Size]], size: int, factor: bool
+) -> tuple[list[dict[str, int]], float]:
+    """Owners of these pieces of groups, dearest first to the rank that is then the least loaded; the largest load."""
+    load, owners = [0.0] * size, [dict.fromkeys(group, 0) for group in shapes]
+    paid: set[tuple[int, int]] = set()
+
+    def cost(at: int, names: list[str]) -> float:
+        return float(sum(shapes[at][name][0] * shapes[at][name][1] ** (2 if factor else 1) for name in names))
+
+    for at, names in sorted(items, key=lambda item: -cost(*item)):
+        first = max(k for _, k in shapes[at].values()) ** 3 / 3 if factor else 0.0
+        loads = [before + cost(at, names) + first * ((at, rank) not in paid) for rank, before in enumerate(load)]
+        owner = loads.index(min(loads))
+        load[owner] = loads[owner]
+        owners[at] |= dict.fromkeys(names, owner)
+        paid.add((at, owner))
+    return owners, max(load)
 
 
 def _by_leader(shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[list[str]]:

@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.showwarning = functools.partial(_warn, args)
             result = args.module.run(args)
+        if result is None:  # another process has it
+            return 0
         print(json.dumps(result, indent=2) if args.json else args.module.show(result), flush=True)
         return 1 if result.get("error") else 0
     except KeyboardInterrupt as stop:

@@ -112,13 +112,13 @@ def refuse_foreign(out: Path, marker: str = "llmkern.json") -> None:
         raise FileExistsError(f"--out {out}: exists and is not from llmkern (no {marker} in it); nothing was written")
 
 
-def compress_into(out: Path, model: Any, tokenizer: Any, recipe: Recipe, windows: Any, **options: Any) -> Report:
+def compress_into(out: Path, model: Any, tokenizer: Any, recipe: Recipe, windows: Any) -> Report:
     """Compress `model` in place and write it, its tokenizer and the report to `out`, all or nothing.
 
-    windows: calibration token ids [n, L]; None will do for a recipe that needs no data. options: of `llmkern.compress`.
+    windows: calibration token ids [n, L]; None will do for a recipe that needs no data.
     """
     import llmkern
 
-    report = llmkern.compress(model, recipe, windows, progress=True, **options)
+    report = llmkern.compress(model, recipe, windows, progress=True)
     llmkern.save(model, out, tokenizer=tokenizer, report=report)
     return report

@@ -7,17 +7,20 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkern_cli._common import (
     Number,
     at_least,
-    compress_into,
     parse_recipe,
     progress,
     quiet_transformers,
     refuse_foreign,
 )
+
+if TYPE_CHECKING:
+    from llmkern.recipe import Recipe
+    from llmkern.report import Report
 
 NAME = "compress"
 HELP = "Prune and quantize a model, and save it."
@@ -38,10 +41,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the same run where it was killed, if it was")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The report, and `out` and `seconds`."""
-    from llmkern import data
-    from llmkern.models import load_model
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The report, and `out` and `seconds`; None on the ranks after the first."""
+    from llmkern.distributed import joined
+
+    with joined() as (rank, device):
+        if rank == 0:
+            return _run(args, device)
+        try:
+            _compress(args, parse_recipe(args.recipe), device)
+        except Exception as error:  # the first rank reports; its stdout is the one that is read
+            raise SystemExit(f"llmkern compress: rank {rank}: {error}") from error
+        return None
+
+
+def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """As the first rank, or the only one: refuses, compresses and saves."""
+    import llmkern
     from llmkern.state import parts_in
 
     # All that can be refused is refused before the first long step.
@@ -53,6 +69,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"--out {args.out}: a run that did not end has {parts} finished parts in {state}: "
             "add --resume to go on with it, or delete that folder to start again"
         )
+    if args.resume:
+        progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
+    start = time.perf_counter()
+    model, tokenizer, report = _compress(args, recipe, device)
+    llmkern.save(model, args.out, tokenizer=tokenizer, report=report)
+    shutil.rmtree(state, ignore_errors=True)
+    for line in report.problem_lines():
+        progress(line)
+    return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
+
+
+def _compress(args: argparse.Namespace, recipe: Recipe, device: Any) -> tuple[Any, Any, Report]:
+    """The compressed model, its tokenizer and the report: what every rank does."""
+    import llmkern
+    from llmkern import data
+    from llmkern.models import load_model
+
     text = data.read_text(args.calibration)
     quiet_transformers()
     progress(f"loading {args.model}")
@@ -60,14 +93,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     windows = None
     if recipe.needs_calibration:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
-    start = time.perf_counter()
-    if args.resume:
-        progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
-    report = compress_into(args.out, model, tokenizer, recipe, windows, state_dir=state, strict=args.strict)
-    shutil.rmtree(state, ignore_errors=True)
-    for line in report.problem_lines():
-        progress(line)
-    return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
+    report = llmkern.compress(
+        model, recipe, windows, device=device, state_dir=state_folder(args.out), strict=args.strict, progress=True
+    )
+    return model, tokenizer, report
 
 
 def state_folder(out: Path) -> Path:
