@@ -1,6 +1,7 @@
 """A compression that ends early goes on where it was, and gives the same bits; what cannot go on is refused."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -208,8 +209,10 @@ def test_a_damaged_part_is_refused_and_can_be_given_up(how, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"0001.safetensors \(model.layers.1\) is damaged: wanted .* got .* delete"):
         compress(model, "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
     (tmp_path / "0001.safetensors").unlink()
+    stop(monkeypatch, tmp_path, tiny.llama(), "gptq-int4-g32", tiny.token_ids(), 1)  # what is given up is not named
+    (tmp_path / "0000.safetensors").unlink()
     report = compress(model, "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
-    assert report.notes == ["1 parts of the state are solved again: 0001.safetensors is gone"]
+    assert report.notes == ["1 parts of the state are solved again: 0000.safetensors is gone"]
     assert_same(model, whole)
 
 
@@ -234,9 +237,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(FileExistsError, match=r"holds thesis\.tex"):
         compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
-    with pytest.raises(FileExistsError, match=r"state_dir .*thesis\.tex: File exists"):
+    with pytest.raises(FileExistsError, match=r"state_dir .*thesis\.tex.*: File exists"):
         compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path / "thesis.tex")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=r"state_dir .*lock: Read-only file system"):
+        compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
 
 
 def test_two_processes_do_not_share_a_state(tmp_path, monkeypatch):

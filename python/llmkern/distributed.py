@@ -1,8 +1,8 @@
 """Ranks of torch.distributed that compress one model together: who calibrates on what, who solves what, who has it.
 
 Every rank holds the model and gets the whole calibration. A rank runs its share of the batches through a stage, the
-Hessians are added up on the rank that will solve them, groups of layers are solved side by side, and every rank gets
-every result, so that all go on with the same model. Rank 0 writes. Hessians are sums, so one rank and several give the
+Hessians are added up on the ranks that solve with them, layers are solved side by side, and every rank gets every
+result, so that all go on with the same model. Rank 0 writes. Hessians are sums, so one rank and several give the
 same model up to the order of summation.
 
 What fails on one rank fails on all, with that rank's message; a rank that has died or hangs is an error within the
@@ -11,7 +11,6 @@ process group's timeout.
 
 from __future__ import annotations
 
-import builtins
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from llmkern.solvers import Hessian
 
 T = TypeVar("T")
 # What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
-ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+ERRORS = (FileExistsError, BlockingIOError, NotImplementedError, ValueError, TypeError, RuntimeError, OSError)
 
 
 class Group(NamedTuple):
@@ -184,7 +183,7 @@ class Team(Alone):
     def _value(self, rank: int, outcome: tuple[str, Any]) -> Any:
         kind, value = outcome
         if kind:
-            error = getattr(builtins, kind, RuntimeError)
+            error = next(error for error in ERRORS if error.__name__ == kind)
             raise error(value if rank == self.rank else f"{value} (rank {rank})")
         return value
 
@@ -273,4 +272,4 @@ def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:
     try:
         return "", work()
     except ERRORS as error:
-        return type(error).__name__, str(error)
+        return next(kind.__name__ for kind in ERRORS if isinstance(error, kind)), str(error)

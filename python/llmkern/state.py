@@ -60,6 +60,7 @@ class State:
     def __init__(self, folder: str | Path, fingerprint: dict[str, Any], ranks: int = 1) -> None:
         self.folder = Path(folder)
         self.notes: tuple[str, ...] = ()
+        self._manifest: dict[str, Any] = {"parts": []}
         self._lock = self._acquire()
         try:
             self._manifest = self._open(fingerprint, _running(ranks))
@@ -89,7 +90,7 @@ class State:
         file = f"{len(self.parts):04}.safetensors"
         entry = {"name": part, "file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self._replace(file, data)
-        self._commit([*self._manifest["parts"], entry])
+        self._manifest = self._commit({**self._manifest, "parts": [*self._manifest["parts"], entry]})
 
     def close(self) -> None:
         """Let go of the folder, and of one without parts leave nothing."""
@@ -108,20 +109,20 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
             lock = open(self.folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise BlockingIOError(f"state_dir {self.folder}: in use by another process ({holder})") from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}\n")
+            lock.flush()
         except OSError as error:
-            if error.errno is None:
+            if error.errno is None:  # one of ours
                 raise
-            raise type(error)(error.errno, f"state_dir {self.folder}: {error.strerror}: {error.filename}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            lock.close()
-            raise BlockingIOError(f"state_dir {self.folder}: in use by another process ({holder})") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
+            where = error.filename or self.folder / LOCK
+            raise type(error)(error.errno, f"state_dir {self.folder}: {where}: {error.strerror}") from None
         return lock
 
     def _refuse_foreign(self) -> None:
@@ -133,20 +134,25 @@ class State:
         path = self.folder / MANIFEST
         manifest = _read_manifest(path) if path.exists() else {"parts": []}
         if not manifest["parts"]:
-            self._manifest = {"version": STATE_VERSION, "fingerprint": fingerprint, "running": running, "parts": []}
-            self._commit([])
-            return self._manifest
+            fresh: dict[str, Any] = {
+                "version": STATE_VERSION,
+                "fingerprint": fingerprint,
+                "running": [running],
+                "parts": [],
+            }
+            return self._commit(fresh)
         if differ := differences(manifest["fingerprint"], fingerprint):
             more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
             raise ValueError(f"state_dir {self.folder}: of another run: {'; '.join(differ[:3])}{more}")
         whole = self._whole_parts(manifest["parts"])
-        notes = []
         if lost := len(manifest["parts"]) - len(whole):
-            notes.append(f"{lost} parts of the state are solved again: {manifest['parts'][len(whole)]['file']} is gone")
-        if whole and (differ := differences(manifest["running"], running)):
-            notes.append(f"resumed, not bit for bit what one run gives: {'; '.join(differ)}")
-        self.notes = tuple(notes)
-        return {**manifest, "parts": whole}
+            gone = manifest["parts"][len(whole)]["file"]
+            self.notes += (f"{lost} parts of the state are solved again: {gone} is gone",)
+        all_running = manifest["running"] + [running] * (running not in manifest["running"])
+        if len(all_running) > 1:
+            differ = differences(all_running[0], all_running[-1])
+            self.notes += (f"resumed, not bit for bit what one run gives: {'; '.join(differ)}",)
+        return self._commit({**manifest, "parts": whole, "running": all_running})
 
     def _whole_parts(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The parts up to the first whose file was deleted; ValueError for a file that is not what was written."""
@@ -163,10 +169,10 @@ class State:
                 )
         return parts
 
-    def _commit(self, parts: list[dict[str, Any]]) -> None:
-        manifest = {**self._manifest, "parts": parts}
+    def _commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Make a manifest durable; returns it."""
         self._replace(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        self._manifest = manifest
+        return manifest
 
     def _replace(self, file: str, data: bytes) -> None:
         try:
@@ -191,7 +197,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             whole = all(
                 {"name", "bytes", "sha256"} <= entry.keys() and OURS.fullmatch(entry["file"]) for entry in parts
             )
-            if not whole or not isinstance(manifest["fingerprint"], dict) or "running" not in manifest:
+            if not whole or not isinstance(manifest["fingerprint"], dict) or not manifest["running"]:
                 raise ValueError("fields are missing")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         text = f"state_dir {path.parent}: {path.name} is damaged: {error}; delete the folder to start again"
