@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmkern.distributed import share_out
+from llmkern.solvers import Hessian
 
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -137,3 +138,16 @@ def test_owners_are_balanced():
     owners = share_out(experts, 4)
     assert all(len(set(of.values())) == 1 for of in owners)  # experts are enough to go round without a second factor
     assert sorted(of["0"] for of in owners) == sorted([0, 1, 2, 3] * 2)
+
+
+def test_partial_sums_add_up():
+    x = torch.randn(90, 300, generator=torch.Generator().manual_seed(0))
+    parts = [Hessian(300).add(part) for part in x.split(40)]
+    total = Hessian.from_partial(sum(part.partial() for part in parts), 90)
+    torch.testing.assert_close(total.matrix(), Hessian(300).add(x).matrix())
+    assert torch.equal(total.raw(), total.raw().T)
+    assert parts[0].tokens == 40  # and is as it was
+    bad = parts[0].partial()
+    bad[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="feature 3"):
+        Hessian.from_partial(bad, 40).raw()

@@ -192,7 +192,10 @@ def test_another_number_of_threads_is_noted_and_not_refused(tmp_path, monkeypatc
     stop(monkeypatch, tmp_path, tiny.llama(), "gptq-int4-g32", tiny.token_ids(), 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     report = compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
-    assert "not bit for bit what one run gives: threads is 1 there and 64 here" in report.notes[0]
+    assert report.notes == [
+        "resumed after 1 parts of the state; the seconds of their layers are of then",
+        "resumed, not bit for bit what one run gives: threads is 1 there and 64 here",
+    ]
 
 
 def damage(path, how):

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import llmkern
+from llmkern import pipeline
 from llmkern.nn import PackedLinear
 from llmkern.report import Report, Row
 from llmkern.solvers import Hessian, Problem, gptq, hessian, rtn, sparsegpt
@@ -174,6 +175,47 @@ def test_a_module_of_two_names_is_compressed_once_on_both_inputs(tmp_path):
     compress(again, "gptq-int8", [normal(20, 16)], state_dir=tmp_path)
     assert again.second is again.first
     assert torch.equal(again.first.codes, model.first.codes)
+
+
+class Across(torch.nn.Module):
+    """One module in two blocks of a chain."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16)) for _ in range(3)
+        )
+        self.blocks[2][0] = self.blocks[0][0]
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_module_of_two_blocks_is_compressed_once_on_both_inputs(monkeypatch):
+    seen = {}
+    keep = pipeline.solve_and_keep
+
+    def record(caller, name, layer, hessian, recipe):
+        seen[name] = hessian.raw().clone()
+        return keep(caller, name, layer, hessian, recipe)
+
+    monkeypatch.setattr(pipeline, "solve_and_keep", record)
+    model, x = Across(), normal(20, 16)
+    report = compress(model, "gptq-int8", [x])
+    assert model.blocks[2][0] is model.blocks[0][0]
+    assert isinstance(model.blocks[0][0], PackedLinear)
+    assert sorted(row.name for row in report.rows) == [f"blocks.{at}" for at in ("0.0", "0.2", "1.0", "1.2", "2.2")]
+    assert "it stands in several blocks" in report.rows[-1].notes[0]
+    assert report.rows[-1].tokens == 40
+    twin = Across()  # the shared layer is dense while everything else is compressed
+    for at, child in (("0.2", 2), ("1.0", 0), ("1.2", 2), ("2.2", 2)):
+        twin.blocks[int(at[0])][child] = model.blocks[int(at[0])][child]
+    inner = twin.blocks[:2]
+    hidden = inner[1](inner[0](x)).detach()
+    torch.testing.assert_close(seen["blocks.0.0"], x.T @ x + hidden.T @ hidden, rtol=1e-4, atol=1e-3)
 
 
 def test_strict_refuses_what_a_state_holds(tmp_path):

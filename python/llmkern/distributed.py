@@ -11,6 +11,7 @@ process group's timeout.
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,10 @@ from llmkern.solvers import Hessian
 T = TypeVar("T")
 # What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
 ERRORS = (FileExistsError, BlockingIOError, NotImplementedError, ValueError, TypeError, RuntimeError, OSError)
+
+
+# How long a rank that says nothing is waited for: ranks solve layers of very different sizes between two exchanges.
+PATIENCE = datetime.timedelta(minutes=30)
 
 
 class Group(NamedTuple):
@@ -212,7 +217,7 @@ def joined() -> Iterator[tuple[int, torch.device | None]]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl")
+    dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     try:
         yield dist.get_rank(), device
     finally:

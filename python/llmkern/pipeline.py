@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -34,6 +35,7 @@ MAX_STAGES = 8
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 # Dense bytes of the layers that one part of a state holds where there are no blocks: fewer are not worth the flushing.
 PART_BYTES = 256 << 20
+SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
 
 
@@ -101,6 +103,7 @@ class _Run:
         self.state: State | NoState = NoState()
         self.done: frozenset[str] = frozenset()  # parts of the state
         self.batches: list[Call] = []  # this rank's
+        self.shared: set[str] = set()  # layers that are one module in several blocks
 
     def open(self, recipe: Recipe, batches: list[Call], folder: str | Path | None) -> State | NoState:
         """The state to close at the end; what is in it already will not be solved again."""
@@ -146,15 +149,19 @@ class _Run:
             groups = self._groups(rest, ((self.model, batch) for batch in self.batches))
             inside = tuple(block + "." for block in irregular)
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
+            notes |= dict.fromkeys(self.shared & rest.keys(), SHARED)
             self._replace(groups, notes)
 
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
         count = len(chain.blocks)
+        found_in = [blocks.linears(block, prefix) for block, prefix in zip(chain.blocks, chain.names, strict=True)]
+        times = Counter(layer for found in found_in for layer in found.values())
         layers = [
-            {name: layer for name, layer in blocks.linears(block, prefix).items() if name in self.chosen}
-            for block, prefix in zip(chain.blocks, chain.names, strict=True)
+            {name: layer for name, layer in found.items() if name in self.chosen and times[layer] == 1}
+            for found in found_in
         ]
+        self.shared |= {name for found in found_in for name, layer in found.items() if times[layer] > 1}
         last = max((k for k in range(count) if layers[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
         durable = next((k for k in range(last + 1) if layers[k] and chain.names[k] not in self.done), last + 1)

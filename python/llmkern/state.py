@@ -148,6 +148,8 @@ class State:
         if lost := len(manifest["parts"]) - len(whole):
             gone = manifest["parts"][len(whole)]["file"]
             self.notes += (f"{lost} parts of the state are solved again: {gone} is gone",)
+        if whole:
+            self.notes += (f"resumed after {len(whole)} parts of the state; the seconds of their layers are of then",)
         all_running = manifest["running"] + [running] * (running not in manifest["running"])
         if len(all_running) > 1:
             differ = differences(all_running[0], all_running[-1])

@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     state = state_folder(args.out)
     if (parts := parts_in(state)) and not args.resume:
         raise FileExistsError(
-            f"--out {args.out}: a run that did not end has {parts} finished parts in {state}: "
+            f"--out {args.out}: a run that did not end, or still runs, has {parts} finished parts in {state}: "
             "add --resume to go on with it, or delete that folder to start again"
         )
     if args.resume:
