@@ -20,13 +20,12 @@ from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
-from llmkern.casting import cast
 from llmkern.distributed import Alone, Group, team
 from llmkern.fingerprint import fingerprint
-from llmkern.nn import dense_weight, is_conv1d
+from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, solve_and_keep, swap
 from llmkern.recipe import Recipe
-from llmkern.report import Report, model_bytes
+from llmkern.report import Report, Row, model_bytes
 from llmkern.solved import Solved, decode
 from llmkern.state import NoState, State
 
@@ -69,7 +68,7 @@ def compress(
     start, before = time.perf_counter(), model_bytes(model)
     report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
     if recipe.method == "cast":
-        cast(model, recipe, report)
+        _cast(model, recipe, report)
         if state_dir is not None:
             report.notes.append(f"{recipe} is done at once: state_dir was not used")
     else:
@@ -346,3 +345,26 @@ class _Run:
             raise type(error)(f"{error} ({done}{advice})") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.state.advice) from None
+
+
+def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:
+    """The whole model to another float dtype; a weight beyond its range is an error."""
+    dtype = getattr(torch, str(recipe.dtype))
+    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("compress: the model holds packed layers already; a cast would not reach them")
+    for name, layer in layers.items():
+        weight = dense_weight(layer)
+        cast = weight.to(dtype)
+        if not torch.isfinite(cast).all():
+            raise ValueError(f"compress: layer {name}: a weight is not finite in {recipe.dtype}")
+        error = (weight.float() - cast.float()).square().sum() / weight.float().square().sum().clamp(min=1e-30)
+        n, k = weight.shape
+        report.rows.append(Row(name, (n, k), str(recipe), "torch", float(error), 0.0, weight.nbytes, cast.nbytes))
+    # What no file holds (rotary frequencies) stays as the model computes it, as when a checkpoint of that dtype loads.
+    computed = [
+        (module, key, module._buffers[key]) for module in model.modules() for key in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, key, buffer in computed:
+        module._buffers[key] = buffer
