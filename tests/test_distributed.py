@@ -124,7 +124,7 @@ def test_a_rank_that_hangs_is_given_up(runs):
 
 
 def layers(*shapes):
-    return {str(at): torch.nn.Linear(k, n, bias=False) for at, (n, k) in enumerate(shapes)}
+    return {str(at): shape for at, shape in enumerate(shapes)}
 
 
 def test_owners_are_balanced():

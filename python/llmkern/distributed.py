@@ -14,7 +14,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -38,9 +38,12 @@ PATIENCE = datetime.timedelta(minutes=30)
 
 
 class Group(NamedTuple):
-    """Layers of one input, and the rank that solves each. hessian: None without data, and on ranks that solve none."""
+    """Layers of one input by name, and the rank that solves each. hessian: None without data, and on other ranks.
 
-    layers: dict[str, nn.Module]
+    Names, so that a dense layer can go when it is replaced.
+    """
+
+    names: list[str]
     hessian: Hessian | None
     owners: Mapping[str, int] = MappingProxyType({})
 
@@ -49,6 +52,9 @@ class Alone:
     """One process."""
 
     rank, size = 0, 1
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     def share(self, calls: list[Call]) -> list[Call]:
         """The batches that this rank calibrates on."""
@@ -65,12 +71,11 @@ class Alone:
         """What `work` gives on every rank."""
         return [work()]
 
-    def groups(self, shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[Group]:
+    def groups(self, shared: SharedInputs) -> list[Group]:
         """The layers by their input, those that never ran last, with the Hessians of all batches."""
-        groups = _by_leader(shared, layers)
-        return [Group({name: layers[name] for name in names}, shared.hessian(names[0])) for names in groups]
+        return [Group(names, shared.hessian(names[0])) for names in _by_leader(shared)]
 
-    def data_free(self, parts: list[dict[str, nn.Module]]) -> list[Group]:
+    def data_free(self, parts: list[list[str]]) -> list[Group]:
         """These layers as groups without data."""
         return [Group(part, None) for part in parts]
 
@@ -82,7 +87,8 @@ class Alone:
 class Team(Alone):
     """The ranks of the default process group."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         # gloo carries CPU tensors, nccl those of GPUs only.
         gloo = "gloo" in str(dist.get_backend_config())
@@ -116,23 +122,22 @@ class Team(Alone):
             dist.all_gather_object(got, mine)
         return [self._value(rank, outcome) for rank, outcome in enumerate(got)]
 
-    def groups(self, shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[Group]:
+    def groups(self, shared: SharedInputs) -> list[Group]:
         """As alone, each Hessian on its owner only. Layers share one if they did on every rank that ran them."""
-        leaders = self.each(lambda: {name: names[0] for names in _by_leader(shared, layers) for name in names})
-        ran = self.each(lambda: [name for name in layers if shared.tokens[name]])
+        leaders = self.each(lambda: {name: names[0] for names in _by_leader(shared) for name in names})
+        ran = self.each(lambda: [name for name, tokens in shared.tokens.items() if tokens])
         together: dict[tuple, list[str]] = {}
         for name in dict.fromkeys(name for found in leaders for name in found):
             inputs = tuple(found[name] if name in ran[rank] else None for rank, found in enumerate(leaders))
             together.setdefault(inputs, []).append(name)
-        found = [{name: layers[name] for name in names} for names in together.values()]
         return [
-            Group(group, self._reduced(shared.hessian(next(iter(group))), group, owners), owners)
-            for group, owners in zip(found, share_out(found, self.size), strict=True)
+            Group(names, self._reduced(shared.hessian(names[0]), names[0], owners), owners)
+            for names, owners in zip(together.values(), self._owners(together.values()), strict=True)
         ]
 
-    def data_free(self, parts: list[dict[str, nn.Module]]) -> list[Group]:
+    def data_free(self, parts: list[list[str]]) -> list[Group]:
         """As alone, shared out by size."""
-        owners = share_out(parts, self.size, factor=False)
+        owners = self._owners(parts, factor=False)
         return [Group(part, None, of) for part, of in zip(parts, owners, strict=True)]
 
     def solve(self, groups: list[Group], solve: Callable[[Group], dict[str, Solved]]) -> Iterator[dict[str, Solved]]:
@@ -142,9 +147,9 @@ class Team(Alone):
 
         def work() -> dict[int, int]:
             for at, group in enumerate(groups):
-                own = {name: layer for name, layer in group.layers.items() if group.owners[name] == self.rank}
+                own = [name for name in group.names if group.owners[name] == self.rank]
                 if own:
-                    mine[at] = solve(group._replace(layers=own))
+                    mine[at] = solve(group._replace(names=own))
                     packets[at] = encode(mine[at])
             return {at: len(packet) for at, packet in packets.items()}
 
@@ -154,15 +159,17 @@ class Team(Alone):
             for owner in sorted(set(group.owners.values())):
                 packet = self._broadcast(packets.pop(at, None) if owner == self.rank else None, sizes[owner][at], owner)
                 if owner != self.rank:
-                    theirs = {name: layer for name, layer in group.layers.items() if group.owners[name] == owner}
-                    solved |= decode(packet, theirs)
-            yield {name: solved[name] for name in group.layers}
+                    theirs = [name for name in group.names if group.owners[name] == owner]
+                    solved |= decode(packet, {name: self.model.get_submodule(name) for name in theirs})
+            yield {name: solved[name] for name in group.names}
 
-    def _reduced(
-        self, hessian: Hessian | None, group: Mapping[str, nn.Module], owners: Mapping[str, int]
-    ) -> Hessian | None:
-        """The group's Hessian over the batches of all ranks, on those that solve one of its layers."""
-        weight = dense_weight(next(iter(group.values())))
+    def _owners(self, groups: Iterable[list[str]], *, factor: bool = True) -> list[dict[str, int]]:
+        shapes = [{name: dense_weight(self.model.get_submodule(name)).shape for name in names} for names in groups]
+        return share_out(shapes, self.size, factor=factor)
+
+    def _reduced(self, hessian: Hessian | None, name: str, owners: Mapping[str, int]) -> Hessian | None:
+        """The Hessian of the layer `name` over the batches of all ranks, on those that own a layer of its group."""
+        weight = dense_weight(self.model.get_submodule(name))
         mine = hessian or Hessian(weight.shape[1], weight.device)
         total = mine.partial()
         if f"{total.device.type}:" not in str(dist.get_backend_config()):
@@ -224,26 +231,25 @@ def joined() -> Iterator[tuple[int, torch.device | None]]:
         dist.destroy_process_group()
 
 
-def team() -> Alone:
+def team(model: nn.Module) -> Alone:
     """The ranks of an initialized process group of several, else this process."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return Team() if several else Alone()
+    return Team(model) if several else Alone(model)
 
 
-def share_out(groups: Sequence[Mapping[str, nn.Module]], size: int, *, factor: bool = True) -> list[dict[str, int]]:
-    """An owner for each layer of each group, so that the ranks are done at about the same time.
+def share_out(groups: Sequence[Mapping[str, Sequence[int]]], size: int, *, factor: bool = True) -> list[dict[str, int]]:
+    """An owner for each layer of each group, given by shapes (N, K), so that ranks are done at about the same time.
 
     A layer costs K² N, and a rank's first layer of a group K³/3 more for the factor, where there is one; without, N K.
     Groups stay whole unless that takes a tenth longer: experts are enough to go round, gate and up are not.
     """
-    shapes = [{name: dense_weight(layer).shape for name, layer in group.items()} for group in groups]
-    whole = _assign([(at, list(group)) for at, group in enumerate(groups)], shapes, size, factor)
-    split = _assign([(at, [name]) for at, group in enumerate(groups) for name in group], shapes, size, factor)
+    whole = _assign([(at, list(group)) for at, group in enumerate(groups)], groups, size, factor)
+    split = _assign([(at, [name]) for at, group in enumerate(groups) for name in group], groups, size, factor)
     return whole[0] if whole[1] <= 1.1 * split[1] else split[0]
 
 
 def _assign(
-    items: list[tuple[int, list[str]]], shapes: list[dict[str, torch.Size]], size: int, factor: bool
+    items: list[tuple[int, list[str]]], shapes: Sequence[Mapping[str, Sequence[int]]], size: int, factor: bool
 ) -> tuple[list[dict[str, int]], float]:
     """Owners of these pieces of groups, dearest first to the rank that is then the least loaded; the largest load."""
     load, owners = [0.0] * size, [dict.fromkeys(group, 0) for group in shapes]
@@ -262,14 +268,14 @@ def _assign(
     return owners, max(load)
 
 
-def _by_leader(shared: SharedInputs, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+def _by_leader(shared: SharedInputs) -> list[list[str]]:
     """The names of the layers of each input, those that never ran last, each by itself."""
     found = list(shared.shared_by().values())
     for names in found:
         for name in names:
             shared.hessian(name)  # raises where layers shared their input in some batches only
     ran = {name for names in found for name in names}
-    return [*found, *([name] for name in layers if name not in ran)]
+    return [*found, *([name] for name in shared.tokens if name not in ran)]
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:

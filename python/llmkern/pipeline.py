@@ -20,7 +20,7 @@ from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
-from llmkern.distributed import Alone, Group, team
+from llmkern.distributed import Group, team
 from llmkern.fingerprint import fingerprint
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, solve_and_keep, swap
@@ -97,7 +97,7 @@ class _Run:
     ) -> None:
         self.model, self.chosen, self.report, self.strict = model, chosen, report, strict
         self.device = None if device is None else torch.device(device)
-        self.team: Alone = team()
+        self.team = team(model)
         self.bar = Progress(report.recipe, len(chosen), progress and self.team.rank == 0)
         self.state: State | NoState = NoState()
         self.done: frozenset[str] = frozenset()  # parts of the state
@@ -125,11 +125,14 @@ class _Run:
         return self.state
 
     def data_free(self) -> None:
-        parts: list[dict[str, nn.Module]] = [{}]
+        parts: list[list[str]] = [[]]
+        size = 0
         for name in self.chosen:
-            if sum(dense_weight(layer).nbytes for layer in parts[-1].values()) >= PART_BYTES:
-                parts.append({})
-            parts[-1][name] = self.model.get_submodule(name)
+            if size >= PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(name)
+            size += dense_weight(self.model.get_submodule(name)).nbytes
         self._replace(self.team.data_free(parts), needs_data=False)
 
     def calibrated(self, batches: list[Call]) -> None:
@@ -155,19 +158,17 @@ class _Run:
         """Compress one chain; the names of its layers."""
         count = len(chain.blocks)
         found_in = [blocks.linears(block, prefix) for block, prefix in zip(chain.blocks, chain.names, strict=True)]
-        times = Counter(layer for found in found_in for layer in found.values())
-        layers = [
-            {name: layer for name, layer in found.items() if name in self.chosen and times[layer] == 1}
-            for found in found_in
-        ]
-        self.shared |= {name for found in found_in for name, layer in found.items() if times[layer] > 1}
-        last = max((k for k in range(count) if layers[k]), default=-1)
+        times = Counter(id(layer) for found in found_in for layer in found.values())
+        self.shared |= {name for found in found_in for name, layer in found.items() if times[id(layer)] > 1}
+        names = [[name for name in found if name in self.chosen and name not in self.shared] for found in found_in]
+        del found_in  # dense layers go when they are replaced
+        last = max((k for k in range(count) if names[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
-        durable = next((k for k in range(last + 1) if layers[k] and chain.names[k] not in self.done), last + 1)
+        durable = next((k for k in range(last + 1) if names[k] and chain.names[k] not in self.done), last + 1)
         if durable > last:
             for k in range(last + 1):
-                self._swap(self._restored(chain.names[k], layers[k]))
-            return {name for found in layers for name in found}
+                self._swap(self._restored(chain.names[k], names[k]))
+            return {name for found in names for name in found}
         # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
         first = max(k for k in range(durable + 1) if not chain.follows[k])
         captured = [self._capture(chain, batch, kinds) for batch in self.batches]
@@ -176,15 +177,16 @@ class _Run:
         hidden: list[Tensor] = []
         for k in range(last + 1):
             if k < first:
-                self._swap(self._restored(chain.names[k], layers[k]))
+                self._swap(self._restored(chain.names[k], names[k]))
                 continue
             if chain.follows[k]:
                 calls = [chain.call(k, found, h) for found, h in zip(captured, hidden, strict=True)]
             elif k:
                 calls = [self._capture(chain, batch, [k])[k] for batch in self.batches]
             feeds_next = k < last and chain.follows[k + 1]
-            hidden = self._block(chain.names[k], chain.blocks[k], layers[k], calls, feeds_next)
-        return {name for found in layers for name in found}
+            layers = {name: self.model.get_submodule(name) for name in names[k]}
+            hidden = self._block(chain.names[k], chain.blocks[k], layers, calls, feeds_next)
+        return {name for found in names for name in found}
 
     def _block(
         self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
@@ -244,7 +246,7 @@ class _Run:
                 self._collect(shared, self._bound(module, call))
 
         self.team.each(collect)
-        return self.team.groups(shared, layers)
+        return self.team.groups(shared)
 
     def _solve(
         self, groups: list[Group], notes: Mapping[str, str] = MappingProxyType({}), needs_data: bool = True
@@ -253,7 +255,8 @@ class _Run:
 
         def solve(group: Group) -> dict[str, Solved]:
             solved = {}
-            for name, layer in group.layers.items():
+            for name in group.names:
+                layer = self.model.get_submodule(name)
                 if needs_data and (group.hessian is None or not group.hessian.tokens):
                     raise ValueError(
                         f"compress: layer {name} saw no calibration tokens; give data that reaches it or ignore it"
@@ -289,9 +292,9 @@ class _Run:
         """Solve these groups, each a part of the state, and put their packed layers in place."""
         todo = []
         for group in groups:
-            part = next(iter(group.layers))
+            part = group.names[0]
             if part in self.done:
-                self._swap(self._restored(part, group.layers))
+                self._swap(self._restored(part, group.names))
             else:
                 todo.append(group)
         for solved in self._solve(todo, notes, needs_data):
@@ -303,8 +306,9 @@ class _Run:
         if solved:
             self.team.from_first(lambda: self.state.write(part, solved))
 
-    def _restored(self, part: str, layers: dict[str, nn.Module]) -> dict[str, Solved]:
+    def _restored(self, part: str, names: Iterable[str]) -> dict[str, Solved]:
         """The layers of a part that is in the state."""
+        layers = {name: self.model.get_submodule(name) for name in names}
         if not layers:
             return {}
         data = self.team.from_first(lambda: self.state.read(part))
