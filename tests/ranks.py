@@ -96,6 +96,13 @@ def llama(root, name, **fields):
     return work
 
 
+def mixture(kind, experts):
+    """Two batches."""
+    recipe = llmkern.Recipe.parse("gptq-int4-g16", experts=experts)
+    calibration = [tiny.inputs("t5" if kind == "switch" else kind, part) for part in tiny.token_ids(12).split(6)]
+    return compress(getattr(tiny, kind)(), recipe, calibration)
+
+
 def infinite_weight(rank):
     model = tiny.llama()
     with torch.no_grad():
@@ -119,10 +126,10 @@ def dies(root, how):
     def work(rank):
         group = pipeline._Run._groups
 
-        def groups(self, layers, runs):
+        def groups(self, layers, *rest):
             if rank == 1 and "model.layers.1.mlp.down_proj" in layers:
                 os.kill(os.getpid(), how)
-            return group(self, layers, runs)
+            return group(self, layers, *rest)
 
         pipeline._Run._groups = groups
         return llama(root, "dies", state_dir=root / f"state{int(how)}")(rank)
@@ -139,6 +146,8 @@ def main():
         "two": (2, llama(root, "two")),
         "idle": (3, lambda rank: compress(tiny.llama(), "gptq-int4-g32", list(tiny.token_ids(11).split(8)))),
         "experts": (2, lambda rank: compress(Experts(), "gptq-int4", batches(1, -1, 1, -1, 1, 1))),
+        "mixtral": (2, lambda rank: mixture("mixtral", "routed")),
+        "switch": (3, lambda rank: mixture("switch", "all")),
         "unreached": (2, lambda rank: compress(Experts(), "gptq-int4", batches(1, 1, 1))),
         "data_free": (2, lambda rank: compress(tiny.llama(), "rtn-int4-g32", None)),
         "infinite_weight": (2, infinite_weight),
@@ -152,6 +161,8 @@ def main():
     for name, (size, work, *timeout) in scenarios.items():
         result[name] = together(root, name, size, work, *timeout)
     result["one_experts"] = [{"value": compress(Experts(), "gptq-int4", batches(1, -1, 1, -1, 1, 1))}]
+    result["one_mixtral"] = [{"value": mixture("mixtral", "routed")}]
+    result["one_switch"] = [{"value": mixture("switch", "all")}]
     result["one_data_free"] = [{"value": compress(tiny.llama(), "rtn-int4-g32", None)}]
     print(json.dumps(result))
 

@@ -430,6 +430,50 @@ def test_the_seed_chooses_the_windows(run, model, corpus, tmp_path):
     assert losses[0] != losses[2]
 
 
+@pytest.fixture(scope="module")
+def mixture(model, tmp_path_factory):
+    """As `model`, with four experts in the place of the MLP."""
+    import shutil
+
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=len(WORDS) + 1, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(folder, save_original_format=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "format"), [("gptq-int4-g16", "Int4Weight"), ("sparsegpt-2:4", "Sparse24Weight")])
+def test_compress_and_inspect_a_mixture(run, mixture, corpus, tmp_path, recipe, format):
+    before = json.loads(run("inspect", mixture, "--json")[1])
+    dense = {layer["name"]: layer for layer in before["layers"]}
+    assert dense["model.layers.0.mlp.experts.gate_up_proj"]["shape"] == [4, 96, 64]
+    command = ("compress", mixture, "--recipe", recipe, "--out", tmp_path / "o", "--calibration", corpus)
+    code, out, err = run(*command, "--samples", 4, "--seqlen", 32, "--experts", "all", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert {row["tokens"] for row in report["rows"]} == {128}
+    assert report["details"]["experts"] == "all"
+    code, out, err = run("inspect", tmp_path / "o", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    expert = layers["model.layers.1.mlp.experts.3.down_proj"]
+    assert (expert["format"], expert["shape"]) == (format, [64, 48])
+    assert sum(layer["format"] == format for layer in layers.values()) == len(report["rows"]) == 2 * (4 + 8)
+    assert found["bytes"] == found["layer_bytes"] + found["other_bytes"]
+    assert layers.keys() - {row["name"] for row in report["rows"]} == {
+        "lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate",
+    }  # fmt: skip
+
+
 def test_inspect_a_plain_folder_and_a_file(run, model):
     for path in (model, model / "model.safetensors"):
         code, out, _ = run("inspect", path, "--json")

@@ -77,6 +77,12 @@ def test_experts_that_a_rank_never_ran(runs):
         assert ("blocks.0.b1" in solved) == ("blocks.0.b2" in solved)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "switch"])
+def test_mixtures_give_what_one_rank_gives(runs, kind):
+    """switch: experts in a dict, calibrated from all tokens, on three ranks for two batches."""
+    assert_nearly_one_run(values(runs[kind]), runs[f"one_{kind}"])
+
+
 def test_a_rank_without_batches_takes_part(runs):
     ranks = values(runs["idle"])
     assert {rank["digest"] for rank in ranks} == {ranks[0]["digest"]}

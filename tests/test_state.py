@@ -75,14 +75,14 @@ def test_a_run_killed_at_random_points_and_resumed_gives_the_same_bits(tmp_path)
     assert set(result["parts"]) == {0, 1, 2, 3, 4}  # the points are spread over the whole run
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "t5", "albert", "mlp", "scaled"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "t5", "albert", "mixtral", "gpt_oss", "switch", "mlp", "scaled"])
 def test_every_shape_of_model_goes_on_after_any_part(kind, tmp_path, monkeypatch):
-    build = {"mlp": tiny.mlp, "scaled": Scaled}.get(kind) or tiny.MODELS[kind]
+    build = Scaled if kind == "scaled" else getattr(tiny, kind)
     x = torch.randn(20, 32, generator=torch.Generator().manual_seed(3))
-    calibration = [x] if kind in ("mlp", "scaled") else calibration_of(kind)
+    calibration = [x] if kind in ("mlp", "scaled") else calibration_of("t5" if kind == "switch" else kind)
     recipe = llmkern.Recipe.parse("gptq-int4-g16", ignore=(), overrides={"re:.*[02]": "gptq-w8a8"})
-    if kind == "mlp":
-        recipe = "gptq-int4-g16"
+    if kind in ("mlp", "switch", *tiny.MIXTURES):
+        recipe = llmkern.Recipe.parse("gptq-int4-g16", experts="all")
     whole = build()
     report = compress(whole, recipe, calibration)
     folder = tmp_path / "state"

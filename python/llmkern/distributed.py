@@ -80,8 +80,9 @@ class Alone:
         return [Group(part, None) for part in parts]
 
     def solve(self, groups: list[Group], solve: Callable[[Group], dict[str, Solved]]) -> Iterator[dict[str, Solved]]:
-        """The results of all groups in their order."""
-        return map(solve, groups)
+        """The results of all groups in their order; a group (and its Hessian) goes when it is solved."""
+        while groups:
+            yield solve(groups.pop(0))
 
 
 class Team(Alone):

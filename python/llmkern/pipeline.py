@@ -15,27 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import blocks
+from llmkern import blocks, experts, listed_experts
 from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
 from llmkern.distributed import Group, team
+from llmkern.experts import Experts
 from llmkern.fingerprint import fingerprint
+from llmkern.listed_experts import ListedExperts
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
-from llmkern.patching import choose, solve_and_keep, swap
+from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
 from llmkern.solved import Solved, decode
+from llmkern.stages import split, stages
 from llmkern.state import NoState, State
 
-# Distinct inputs of a block up to which they are taken one after the other.
-MAX_STAGES = 8
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 # Dense bytes of the layers that one part of a state holds where there are no blocks: fewer are not worth the flushing.
 PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
+NO_NOTES: Mapping[str, str] = MappingProxyType({})
+REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
+# Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
+SWAPS = 64
+UNMASKED = "its input is not laid out as the attention_mask: tokens of padding counted too"
 
 
 def compress(
@@ -58,6 +64,9 @@ def compress(
 
     In an initialized process group of several ranks, all of them call this with the same arguments, share the work
     (`llmkern.distributed`), and end up with the same model; state_dir is read and written by rank 0 alone.
+    A mixture of experts with 3-D parameters becomes `llmkern.experts.Experts`: every expert's matrices are layers of
+    their own, calibrated from the tokens that are routed to the expert, or from all with `Recipe(experts="all")`. A row
+    of the report says when a layer saw fewer tokens than it has input features.
 
     Raises ValueError: no calibration tokens, a layer that saw none, activations that are not finite (the layer is
     named), a pattern that matches nothing, a model that is compressed already, or what a solver refuses. Layers
@@ -72,18 +81,25 @@ def compress(
         if state_dir is not None:
             report.notes.append(f"{recipe} is done at once: state_dir was not used")
     else:
-        chosen, report.skipped = choose(model, recipe, "compress")
-        run = _Run(model, chosen, report, device, strict, progress)
-        needs_data = any(wanted.needs_calibration for wanted in chosen.values())
-        with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
-            batches = calls_of(model, calibration) if needs_data else []
-            with closing(run.open(recipe, batches, state_dir)):
-                if needs_data:
-                    run.calibrated(batches)
-                else:
-                    run.data_free()
-            if calibration is not None and not needs_data:
-                report.notes.append(f"{recipe} needs no data: the calibration was not used")
+        with experts.unfused(model):
+            chosen, report.skipped = choose(model, recipe, "compress")
+            notes = notes_on(model, chosen)
+            experts.settle(model, busy={model.get_submodule(name) for name in chosen})
+            run = _Run(model, chosen, report, device, strict, progress, recipe.experts == "all")
+            needs_data = any(wanted.needs_calibration for wanted in chosen.values())
+            with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
+                batches = calls_of(model, calibration) if needs_data else []
+                with closing(run.open(recipe, batches, state_dir)):
+                    if needs_data:
+                        run.calibrated(batches)
+                    else:
+                        run.data_free()
+                if calibration is not None and not needs_data:
+                    report.notes.append(f"{recipe} needs no data: the calibration was not used")
+            if recipe.experts == "all" and not run.found_mixtures:
+                report.notes.append('experts="all" changed nothing: no mixture of experts ran during calibration')
+            report.annotate(notes)
+            report.note_few_tokens()
     report.model_bytes_after = model_bytes(model)
     report.seconds = time.perf_counter() - start
     return report
@@ -93,9 +109,11 @@ class _Run:
     """One compression: the model, what each layer gets, and the report that grows."""
 
     def __init__(
-        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, strict: bool, progress: bool
-    ) -> None:
+        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, strict: bool, progress: bool,
+        everything: bool,
+    ) -> None:  # fmt: skip
         self.model, self.chosen, self.report, self.strict = model, chosen, report, strict
+        self.everything = everything
         self.device = None if device is None else torch.device(device)
         self.team = team(model)
         self.bar = Progress(report.recipe, len(chosen), progress and self.team.rank == 0)
@@ -103,6 +121,8 @@ class _Run:
         self.done: frozenset[str] = frozenset()  # parts of the state
         self.batches: list[Call] = []  # this rank's
         self.shared: set[str] = set()  # layers that are one module in several blocks
+        self.unmasked: set[str] = set()  # layers whose padding counted
+        self.found_mixtures = False
 
     def open(self, recipe: Recipe, batches: list[Call], folder: str | Path | None) -> State | NoState:
         """The state to close at the end; what is in it already will not be solved again."""
@@ -148,7 +168,8 @@ class _Run:
             done |= self._chain(chain)
         rest = {name: self.model.get_submodule(name) for name in self.chosen if name not in done}
         if rest:
-            groups = self._groups(rest, ((self.model, batch) for batch in self.batches))
+            mixtures = self._mixtures(self.model, self._bound(self.model, first))
+            groups = self._groups(rest, mixtures, ((self.model, batch) for batch in self.batches))
             inside = tuple(block + "." for block in irregular)
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
             notes |= dict.fromkeys(self.shared & rest.keys(), SHARED)
@@ -167,7 +188,7 @@ class _Run:
         durable = next((k for k in range(last + 1) if names[k] and chain.names[k] not in self.done), last + 1)
         if durable > last:
             for k in range(last + 1):
-                self._swap(self._restored(chain.names[k], names[k]))
+                self._skip(chain, k, names[k])
             return {name for found in names for name in found}
         # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
         first = max(k for k in range(durable + 1) if not chain.follows[k])
@@ -177,7 +198,7 @@ class _Run:
         hidden: list[Tensor] = []
         for k in range(last + 1):
             if k < first:
-                self._swap(self._restored(chain.names[k], names[k]))
+                self._skip(chain, k, names[k])
                 continue
             if chain.follows[k]:
                 calls = [chain.call(k, found, h) for found, h in zip(captured, hidden, strict=True)]
@@ -187,6 +208,11 @@ class _Run:
             layers = {name: self.model.get_submodule(name) for name in names[k]}
             hidden = self._block(chain.names[k], chain.blocks[k], layers, calls, feeds_next)
         return {name for found in names for name in found}
+
+    def _skip(self, chain: Chain, k: int, names: list[str]) -> None:
+        """Put the packed layers of a finished block in place, whose outputs nobody needs."""
+        self._swap(self._restored(chain.names[k], names))
+        experts.settle(chain.blocks[k])
 
     def _block(
         self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
@@ -199,8 +225,14 @@ class _Run:
             solved = self._run_dense(self._restored(part, layers))
         else:
             solved = {}
-            for stage in self._stages(block, layers, calls, device):
-                groups = self._groups(stage, ((block, move_call(call, device)) for call in calls))
+
+            def first() -> Any:
+                args, kwargs = move_call(calls[0], device)
+                return block(*args, **kwargs)
+
+            mixtures = self._mixtures(block, first) if layers else []
+            for stage in self._stages(layers, first, mixtures):
+                groups = self._groups(stage, mixtures, ((block, move_call(call, device)) for call in calls))
                 for found in self._solve(groups):
                     solved |= self._run_dense(found)
             self._keep(part, solved)
@@ -213,43 +245,66 @@ class _Run:
                 args, kwargs = move_call(call, device)
                 hidden.append(move(blocks.hidden_state(block(*args, **kwargs)), home))
         self._swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
+        experts.settle(block)
         block.to(home)
         return hidden
 
     def _stages(
-        self, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], device: torch.device
+        self, layers: dict[str, nn.Module], first: Callable[[], Any], mixtures: list[Experts | ListedExperts]
     ) -> list[dict[str, nn.Module]]:
         """The block's layers in the order of their inputs, each stage on inputs from the stages solved before it.
 
         A forward ends at its stage's last layer, so four stages (q/k/v, o, gate/up, down) cost about half a forward
-        more than one. A block of many inputs (experts), or of layers that the first batch leaves out, is one stage.
+        more than one.
         """
         if not layers:
             return []
 
         def probe() -> list[list[str]]:
-            shared = SharedInputs(layers)
-            self._collect(shared, self._bound(block, move_call(calls[0], device)))
+            shared = SharedInputs(layers, mixtures, self.everything)
+            self._collect(shared, first)
             return list(shared.shared_by().values())
 
-        stages = [{name: layers[name] for name in group} for group in self.team.from_first(probe)]
-        complete = sum(map(len, stages)) == len(layers)
-        return stages if complete and len(stages) <= MAX_STAGES else [layers]
+        groups = self.team.from_first(probe)
+        routed = SharedInputs(layers, mixtures).routed
+        features = {name: dense_weight(layer).shape[1] for name, layer in layers.items()}
+        found = stages(list(layers), groups, {name for name, layer in layers.items() if layer in routed})
+        return [{name: layers[name] for name in part} for stage in found for part in split(stage, groups, features)]
 
-    def _groups(self, layers: dict[str, nn.Module], runs: Iterable[tuple[nn.Module, Call]]) -> list[Group]:
+    def _mixtures(self, module: nn.Module, first: Callable[[], Any]) -> list[Experts | ListedExperts]:
+        """The mixtures of experts inside a module that `first` runs; lists of experts only where it matters."""
+        found: list[Experts | ListedExperts] = [*experts.mixtures(module).values()]
+        if self.everything:
+            names = {part: name for name, part in module.named_modules()}
+
+            def look() -> list[tuple[str, list[str]]]:
+                return [(names[f.around], [names[e] for e in f.experts]) for f in listed_experts.find(module, first)]
+
+            for around, members in self.team.from_first(look):
+                found.append(ListedExperts(module.get_submodule(around), map(module.get_submodule, members)))
+        self.found_mixtures |= bool(found)
+        return found
+
+    def _groups(
+        self,
+        layers: dict[str, nn.Module],
+        mixtures: list[Experts | ListedExperts],
+        runs: Iterable[tuple[nn.Module, Call]],
+    ) -> list[Group]:
         """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch."""
-        shared = SharedInputs(layers)
+        shared = SharedInputs(layers, mixtures, self.everything)
 
-        def collect() -> None:
+        def collect() -> list[str]:
             for batch, (module, call) in zip(self.batches, runs, strict=True):
                 shared.rows = rows_that_count(self.model, batch)
                 self._collect(shared, self._bound(module, call))
+            return sorted(shared.unmasked)
 
-        self.team.each(collect)
+        self.unmasked.update(*self.team.each(collect))
         return self.team.groups(shared)
 
     def _solve(
-        self, groups: list[Group], notes: Mapping[str, str] = MappingProxyType({}), needs_data: bool = True
+        self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True
     ) -> Iterator[dict[str, Solved]]:
         """Solve these groups, one after the other; nothing is put in place yet."""
 
@@ -258,10 +313,12 @@ class _Run:
             for name in group.names:
                 layer = self.model.get_submodule(name)
                 if needs_data and (group.hessian is None or not group.hessian.tokens):
-                    raise ValueError(
-                        f"compress: layer {name} saw no calibration tokens; give data that reaches it or ignore it"
-                    )
+                    raise ValueError(f"compress: layer {name} saw no calibration tokens; {REMEDIES}")
                 packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, self.chosen[name])
+                if needs_data and row.tokens < packed.in_features:
+                    row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")
+                if name in self.unmasked:
+                    row.notes = (*row.notes, UNMASKED)
                 if name in notes:
                     row.notes = (*row.notes, notes[name])
                 solved[name] = Solved(packed, row, solution.weight if needs_data else None)
@@ -286,12 +343,14 @@ class _Run:
             dense.weight.copy_(values.T if is_conv1d(dense) else values)  # type: ignore[operator]
         return {name: replace(layer, dense=None) for name, layer in solved.items()}
 
-    def _replace(
-        self, groups: list[Group], notes: Mapping[str, str] = MappingProxyType({}), needs_data: bool = True
-    ) -> None:
-        """Solve these groups, each a part of the state, and put their packed layers in place."""
+    def _replace(self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True) -> None:
+        """Solve these groups, each a part of the state, and put their packed layers in place.
+
+        Dense weights stay: nothing runs them, and that of a tied head is the embeddings' too.
+        """
         todo = []
-        for group in groups:
+        while groups:  # a list that nobody empties would keep the Hessians
+            group = groups.pop(0)
             part = group.names[0]
             if part in self.done:
                 self._swap(self._restored(part, group.names))
@@ -320,8 +379,7 @@ class _Run:
         return solved
 
     def _swap(self, solved: dict[str, Solved]) -> None:
-        for name, layer in solved.items():
-            swap(self.model, name, layer.packed)
+        swap_all(self.model, {name: layer.packed for name, layer in solved.items()})
 
     def _collect(self, shared: SharedInputs, run: Callable[[], Any]) -> None:
         try:
@@ -354,9 +412,10 @@ class _Run:
 def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:
     """The whole model to another float dtype; a weight beyond its range is an error."""
     dtype = getattr(torch, str(recipe.dtype))
-    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("compress: the model holds packed layers already; a cast would not reach them")
+    with experts.unfused(model):
+        layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     for name, layer in layers.items():
         weight = dense_weight(layer)
         cast = weight.to(dtype)

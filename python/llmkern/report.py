@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ class Report:
     def problems(self) -> dict[str, tuple[str, ...]]:
         """What was not as it should be, by layer."""
         return {row.name: row.problems for row in self.rows if row.problems}
+
+    def annotate(self, notes: Mapping[str, Sequence[str]]) -> None:
+        """Add notes to rows by their names."""
+        for row in self.rows:
+            row.notes = (*row.notes, *notes.get(row.name, ()))
+
+    def note_few_tokens(self) -> None:
+        """Say how many layers saw fewer tokens than they have input features: their Hessian is not of full rank."""
+        few = [row for row in self.rows if 0 < row.tokens < row.shape[1]]
+        if few:
+            worst = min(few, key=lambda row: row.tokens / row.shape[1])
+            self.notes.append(
+                f"{len(few)} layers saw fewer calibration tokens than they have input features, {worst.name} only "
+                f'{worst.tokens} for {worst.shape[1]}: give more data (experts: or all tokens, experts="all")'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what `to_json` writes. A loss that is not finite becomes None."""

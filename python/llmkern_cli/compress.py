@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
+    parser.add_argument(
+        "--experts", choices=("routed", "all"),
+        help="of a mixture: calibrate each expert from the tokens routed to it, or from all (default: the recipe's)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="what the report calls a problem is an error")
     parser.add_argument("--resume", action="store_true", help="go on with the same run where it was killed, if it was")
@@ -62,6 +67,8 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
 
     # All that can be refused is refused before the first long step.
     recipe = parse_recipe(args.recipe)
+    if args.experts:
+        recipe = replace(recipe, experts=args.experts)
     refuse_foreign(args.out)
     state = state_folder(args.out)
     if (parts := parts_in(state)) and not args.resume:
