@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if rank == 0:
             return _run(args, device)
         try:
-            _compress(args, parse_recipe(args.recipe), device)
+            model, _, windows = _load(args)
+            _compress(args, model, windows, device)
         except Exception as error:  # the first rank reports; its stdout is the one that is read
             raise SystemExit(f"llmkern compress: rank {rank}: {error}") from error
         return None
@@ -66,9 +67,7 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     from llmkern.state import parts_in
 
     # All that can be refused is refused before the first long step.
-    recipe = parse_recipe(args.recipe)
-    if args.experts:
-        recipe = replace(recipe, experts=args.experts)
+    _recipe(args)
     refuse_foreign(args.out)
     state = state_folder(args.out)
     if (parts := parts_in(state)) and not args.resume:
@@ -78,8 +77,9 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
         )
     if args.resume:
         progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
+    model, tokenizer, windows = _load(args)
     start = time.perf_counter()
-    model, tokenizer, report = _compress(args, recipe, device)
+    report = _compress(args, model, windows, device)
     llmkern.save(model, args.out, tokenizer=tokenizer, report=report)
     shutil.rmtree(state, ignore_errors=True)
     for line in report.problem_lines():
@@ -87,9 +87,14 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
 
 
-def _compress(args: argparse.Namespace, recipe: Recipe, device: Any) -> tuple[Any, Any, Report]:
-    """The compressed model, its tokenizer and the report: what every rank does."""
-    import llmkern
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """What --recipe and --experts say."""
+    recipe = parse_recipe(args.recipe)
+    return replace(recipe, experts=args.experts) if args.experts else recipe
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and the windows if the recipe needs any."""
     from llmkern import data
     from llmkern.models import load_model
 
@@ -98,12 +103,16 @@ def _compress(args: argparse.Namespace, recipe: Recipe, device: Any) -> tuple[An
     progress(f"loading {args.model}")
     model, tokenizer = load_model(args.model)
     windows = None
-    if recipe.needs_calibration:
+    if _recipe(args).needs_calibration:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
-    report = llmkern.compress(
-        model, recipe, windows, device=device, state_dir=state_folder(args.out), strict=args.strict, progress=True
-    )
-    return model, tokenizer, report
+    return model, tokenizer, windows
+
+
+def _compress(args: argparse.Namespace, model: Any, windows: Any, device: Any) -> Report:
+    import llmkern
+
+    state = state_folder(args.out)
+    return llmkern.compress(model, _recipe(args), windows, device=device, state_dir=state, strict=args.strict)
 
 
 def state_folder(out: Path) -> Path:
