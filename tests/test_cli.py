@@ -108,7 +108,6 @@ def test_help_names_every_command(run):
         (["eval"], "MODEL"),
         (["compress", "m", "--out", "o"], "--recipe"),
         (["compress", "m", "--recipe", "rtn-int8", "--out", "o", "--samples", "0"], "at least 1, got 0"),
-        (["compress", "m", "--recipe", "rtn-int8", "--out", "o", "--resume"], "--resume"),
         (["eval", "m", "--seqlen", "1"], "at least 2, got 1"),
         (["eval", "m", "--windows", "many"], "whole number, got 'many'"),
     ],
@@ -230,6 +229,51 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(llmkern_cli.env, "run", interrupted)
     refused(run("env"), 1, "interrupted")
+
+
+def test_a_run_that_was_interrupted_goes_on(run, model, corpus, tmp_path, monkeypatch):
+    from llmkern.state import State
+
+    command = ["compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", 3, "--seqlen", 16]
+    assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    out, hidden = tmp_path / "out", tmp_path / ".out.llmkern-state"
+    with monkeypatch.context() as patch:
+        write = State.write
+
+        def second(self, part, solved):
+            if self.parts:
+                raise KeyboardInterrupt
+            write(self, part, solved)
+
+        patch.setattr(State, "write", second)
+        refused(run(*command, "--out", out), 1, "interrupted: 1 finished parts are kept in", "--resume")
+    assert not out.exists()
+    refused(run(*command, "--out", out), 1, "has 1 finished parts in", "--resume", "delete that folder")
+    other = ["compress", model, "--recipe", "gptq-int8", *command[4:], "--out", out, "--resume"]
+    refused(run(*other), 1, "recipe.bits is 4 there and 8 here")
+    code, _, err = run(*command, "--out", out, "--resume")
+    assert code == 0
+    assert "resuming after 1 finished parts" in err
+    for name in ("model.safetensors", "llmkern.json", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not hidden.exists()
+    code, _, err = run(*command, "--out", out, "--resume")
+    assert code == 0
+    assert "nothing to resume" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_under_torchrun_the_first_rank_writes_and_prints(model, corpus, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmkern"]
+    command = ["compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", "9"]
+    command += ["--seqlen", "16", "--json", "--out", tmp_path / "out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["tokens"] == 9 * 16
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"] == result["rows"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_library_prints_stays_off_stdout(run, monkeypatch):

@@ -201,12 +201,6 @@ class SharedInputs:
             raise RuntimeError(f"{name} and {leader} shared their input in one batch, but not in every batch")
         return self._hessians[leader]
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Free the Hessian (and its factors) that these layers share; they are solved."""
-        for name in names:
-            if self._leader.get(name) == name:
-                del self._hessians[name]
-
     def shared_by(self) -> dict[str, list[str]]:
         """Leader -> the layers that share its input, itself first."""
         groups: dict[str, list[str]] = {leader: [leader] for leader in self._hessians}

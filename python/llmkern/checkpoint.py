@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import expert_tensors, experts
+from llmkern._files import flush
 from llmkern._version import __version__
 from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
@@ -278,7 +279,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         # The file format refuses tensors that share memory.
         own[name] = tensor.clone() if tensor.data_ptr() in seen and tensor.numel() else tensor
         seen.add(tensor.data_ptr())
-    save_file(own, path, metadata={"format": "pt", "llmkern": __version__})
+    # One entry alone: the library writes several in an order that changes, and equal models are to be equal files.
+    save_file(own, path, metadata={"format": "pt"})
 
 
 @contextmanager
@@ -291,8 +293,8 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         for file in folder.iterdir():
-            _flush(file)
-        _flush(folder)
+            flush(file)
+        flush(folder)
         if path.exists():
             old = folder.with_name(folder.name + "-old")
             path.rename(old)
@@ -300,7 +302,7 @@ def _whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             folder.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -321,15 +323,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _flush(path: Path) -> None:
-    """To the disk, not only to the system's memory: a rename must not outlive what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from llmkern.nn import PackedLinear, dense_weight, is_linear
 from llmkern.recipe import DATA_FREE, DEFAULT_IGNORE, Recipe
 from llmkern.report import Report, Row, Skipped, model_bytes
 from llmkern.solve import solve
-from llmkern.solvers import Solution
+from llmkern.solvers import Problem, Solution
 
 # Parameters of two or three dimensions that nothing is multiplied with: biases of experts, positions, decay rates.
 NO_MATRIX = "bias|embed|pos|table|A_log"
@@ -136,6 +137,7 @@ def solve_and_keep(
         solution = solve(weight, hessian, recipe)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{caller}: layer {name} ({recipe!s}): {error}") from error
+    notes, problems = facts_and_problems(solution)
     if solution.packed is None:
         raise ValueError(f"{caller}: layer {name}: no packed format holds the result of {recipe}")
     packed = PackedLinear.from_linear(layer, solution.packed, activations=recipe.activations, method=str(recipe))
@@ -150,9 +152,20 @@ def solve_and_keep(
         bytes_after=packed.nbytes,
         damp=solution.damp if recipe.needs_calibration else None,
         tokens=getattr(hessian, "tokens", 0),
-        notes=tuple(solution.notes),
+        notes=notes,
+        problems=problems,
     )
     return packed, row, solution
+
+
+def facts_and_problems(solution: Solution) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A solution's notes as plain text: those that say how it is, and those that say what is wrong."""
+    problems = [str(note) for note in solution.notes if isinstance(note, Problem)]
+    if not math.isfinite(solution.loss):
+        problems.append(
+            f"the relative output error is {solution.loss}: the outputs it is relative to are 0 or not finite"
+        )
+    return tuple(note for note in solution.notes if not isinstance(note, Problem)), tuple(problems)
 
 
 def kernel_of(layer: PackedLinear, dtype: torch.dtype) -> str:

@@ -21,7 +21,8 @@ class Row:
 
     shape (N, K); kernel: the registry row that runs a single token here; loss: tr((W-Q)H(W-Q)ᵀ)/tr(WHWᵀ), or
     ‖W-Q‖²/‖W‖² when a note says that there was no Hessian, None when nothing was approximated; seconds: of the solver;
-    bytes of the weight without bias; damp relative to mean(diag H).
+    bytes of the weight without bias; damp relative to mean(diag H); notes: facts about the result; problems: what was
+    not as it should be (data, numbers, scales), which `compress(strict=True)` refuses.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     damp: float | None = None
     tokens: int = 0
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,7 +80,13 @@ class Report:
             "coverage": before / whole if whole else 0.0,
             "mean_loss": sum(losses) / len(losses) if losses else None,
             "solver_seconds": sum(row.seconds for row in self.rows),
+            "problems": sum(len(row.problems) for row in self.rows),
         }
+
+    @property
+    def problems(self) -> dict[str, tuple[str, ...]]:
+        """What was not as it should be, by layer."""
+        return {row.name: row.problems for row in self.rows if row.problems}
 
     def annotate(self, notes: Mapping[str, Sequence[str]]) -> None:
         """Add notes to rows by their names."""
@@ -131,7 +139,20 @@ class Report:
         lines += [f"left as it was: {skip.name}: {skip.reason}" for skip in self.skipped[:10]]
         if len(self.skipped) > 10:
             lines.append(f"... and {len(self.skipped) - 10} more")
+        lines += self.problem_lines()
         return "\n".join([*lines, *self.notes])
+
+    def problem_lines(self, most: int = 10) -> list[str]:
+        """A line for each problem, with the layers that have it."""
+        layers: dict[str, list[str]] = {}
+        for name, problems in self.problems.items():
+            for problem in problems:
+                layers.setdefault(problem, []).append(name)
+        lines = [
+            f"problem: {names[0]}{f' and {len(names) - 1} more layers' if len(names) > 1 else ''}: {problem}"
+            for problem, names in layers.items()
+        ]
+        return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more problems"]
 
 
 def human(size: float) -> str:

@@ -61,6 +61,7 @@ def sparsegpt(
     by_admm = _by_admm(mask, pattern, refit)
     state = as_hessian("sparsegpt", hessian, w)
     factor = state.factor(None, damp)
+    found = factor.notes
     target = live(w, state)
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": True, "clip": clip}
     options |= {"scale_dtype": scale_dtype}
@@ -81,11 +82,12 @@ def sparsegpt(
             q = coupled_refit(target, q, kept, damped, output, COUPLED_STEPS)
         if bits is not None:
             grid = find_grid(q, importance, **options)
-            ordered = state.factor("activation", damp)
+            again = state.factor("activation", damp)
+            found = (*found, *(note for note in again.notes if note not in found))
             if output is None:
-                q, _ = gptq_columns(q, ordered, grid, kept)
+                q, _ = gptq_columns(q, again, grid, kept)
             else:
-                q = coupled_columns(q, ordered, grid, kept, output)
+                q = coupled_columns(q, again, grid, kept, output)
             q = further(target, q, damped, grid, kept, descent, output)
     if grid is not None:
         packed, notes = pack_quantized(q, grid, kept)
@@ -93,7 +95,7 @@ def sparsegpt(
         if weight.dtype != torch.float32:
             q, lost = q.to(weight.dtype).float(), math.nan
         packed, notes = pack_kept(q, kept, weight.dtype), ()
-    return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*factor.notes, *notes))
+    return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*found, *notes))
 
 
 def _by_admm(mask: str | None, pattern: Pattern, refit: bool) -> bool:
