@@ -54,9 +54,7 @@ class OutputHessian:
         return self.parts[part].factor("activation", DAMP)
 
 
-def coupled_columns(
-    w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: OutputHessian
-) -> Tensor:
+def coupled_columns(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: OutputHessian) -> Tensor:
     """GPTQ over all columns of w [N, K], in the factor's order, with feedback between rows as well; natural order."""
     parts = []
     for index, at in enumerate(output.places):
@@ -72,6 +70,7 @@ def _coupled_part(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, ou
     """
     n, k = w.shape
     order, rank = output.order, factor.order
+    assert order is not None  # it was asked for
     w, grid = w[order], grid.rows(order)
     mask = None if mask is None else mask[order]
     if rank is not None:
