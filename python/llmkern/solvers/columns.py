@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import on_host, product, squared
+from llmkern._dense import add_product, large_empty, on_host, product, squared
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
@@ -31,11 +31,55 @@ def blocks(k: int, width: int = BLOCK, multiple: int = 1) -> list[slice]:
     return [slice(start, min(start + width, k)) for start in range(0, k, width)]
 
 
-def compensated(w: Tensor, difference: Tensor, factor: Factor, at: slice) -> Tensor:
-    """Columns `at` of w, contiguous, with the feedback of the differences of all columns before them."""
-    if at.start == 0:
-        return w[:, at].contiguous()
-    return product(difference[:, : at.start], factor.unit[: at.start, at]).add_(w[:, at])
+class Feedback:
+    """The values of columns [N, K] compensated for the differences w - q of all columns before them, block by block.
+
+    A block's differences are not taken to all columns behind it at once. When t blocks are done, the last p of them,
+    p the greatest power of two that divides t, are taken to the p blocks that come next, in one product:
+
+        blocks done   1    2    3    4    5    6    7
+        from         [0]  0-1  [2]  0-3  [4]  4-5  [6]
+        to           [1]  2-3  [3]  4-7  [5]  6-7  [7]
+
+    which is every pair of blocks once, as a recursive halving of the columns has them: half of all the work is in one
+    product of K/2 columns with K/2, and no product reads or writes more than twice its share.
+    """
+
+    def __init__(self, w: Tensor, factor: Factor, blocks: list[slice]) -> None:
+        self.values = large_empty(*w.shape, w).copy_(w)  # a block's are final when it begins, and free when it is done
+        self.difference = large_empty(*w.shape, w)
+        self._w, self._factor, self._blocks, self._done = w, factor, blocks, 0
+        self._energy, self._squared = w.new_zeros(2, dtype=torch.float64).unbind()
+
+    def finish(self, before: Tensor, compensated: Tensor, chosen: Tensor) -> None:
+        """Take in what was chosen for the next block, all [N, B]; its `values` become these."""
+        at = self._blocks[self._done]
+        moved = before - chosen
+        unit = self._factor.unit
+        # What the block adds to tr(D H Dᵀ) of the damped Hessian: |D V|² by columns of V.
+        error = product(moved, unit[at, at]).add_(compensated).sub_(before).mul_(self._factor.diagonal[at])
+        self._energy += squared(error)
+        self._squared += squared(moved)
+        self.values[:, at], self.difference[:, at] = chosen, moved
+        self._done += 1
+        span = self._done & -self._done
+        first = self._blocks[self._done - span].start
+        if self._done < len(self._blocks):
+            last = self._blocks[min(self._done + span, len(self._blocks)) - 1].stop
+            come = slice(at.stop, last)
+            done = slice(first, at.stop)
+            add_product(self.values[:, come], self.difference[:, done], unit[done, come])
+
+    def ahead(self, at: slice) -> Tensor:
+        """Columns `at`, which may end behind the next block, with the feedback of the blocks that are done."""
+        if at.start == 0:
+            return self._w[:, at].contiguous()
+        return product(self.difference[:, : at.start], self._factor.unit[: at.start, at]).add_(self._w[:, at])
+
+    def undamped(self) -> float:
+        """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
+        without = self._energy - self._factor.added * self._squared
+        return float(torch.where(without > CANCELLED * self._energy, without, torch.nan))
 
 
 def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
@@ -43,14 +87,10 @@ def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
 
     `unit` is their block of V'. GPTQ as published keeps these values in place of `wc`.
     """
-    # Forward substitution, move_j = (wc - w)_j - Σ_{i<j} move_i V'_ij: the columns of a w of 0 that keeps every value.
-    move = (wc - w).contiguous()
-    ones = w.new_ones(len(unit))
-    everywhere = torch.ones_like(move, dtype=torch.bool)
-    solved, _ = ops.sparsegpt_block(
-        torch.zeros_like(move), move, unit.contiguous(), ones, everywhere, 0, 0, None, None, None, 0
-    )
-    return solved.add_(w)
+    # move_j = (wc - w)_j - Σ_{i<j} move_i V'_ij, which is move V' = wc - w.
+    eye = torch.eye(len(unit), device=unit.device)
+    inverse = torch.linalg.solve_triangular(unit, eye, upper=True, unitriangular=True)
+    return product(wc - w, inverse).add_(w)
 
 
 def gptq_columns(
@@ -63,55 +103,42 @@ def gptq_columns(
     the grid of the groups that start in a block is overwritten by `dynamic(values, places)` when the block begins, from
     the values compensated so far, as published.
     """
-    k = w.shape[1]
+    n, k = w.shape
     if factor.order is not None:
-        w = w.index_select(1, factor.order)
+        w = torch.index_select(w, 1, factor.order, out=large_empty(n, k, w))
         mask = None if mask is None else mask.index_select(1, factor.order)
-    q, difference = torch.empty_like(w), torch.empty_like(w)
     groups = grid.groups(None if dynamic else factor.order, k)
-    energy = w.new_zeros((), dtype=torch.float64)
-    for at in blocks(k, width):
+    parts = blocks(k, width)
+    state = Feedback(w, factor, parts)
+    for at in parts:
         if dynamic is None:
-            wc = compensated(w, difference, factor, at)
+            wc = state.values[:, at].contiguous()
         else:
-            wc = _start_groups(w, difference, factor, grid, at, dynamic)
+            wc = _start_groups(w, state, factor, grid, at, dynamic)
         before = w[:, at].contiguous()
         unit = factor.unit[at, at].contiguous()
         kept = None if mask is None else mask[:, at].contiguous()
         chosen = ops.gptq_block(before, wc, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-        moved = before - chosen
-        q[:, at], difference[:, at] = chosen, moved
-        energy += _block_energy(moved, wc, before, unit, factor.diagonal[at])
+        state.finish(before, wc, chosen)
+    q = state.values
     if factor.order is not None:
-        q = q.index_select(1, factor.order.argsort())
-    return q, undamped(energy, difference, factor)
+        q = torch.index_select(q, 1, factor.order.argsort(), out=w)
+    return q, state.undamped()
 
 
-def _start_groups(w: Tensor, difference: Tensor, factor: Factor, grid: Grid, at: slice, find: FindGrid) -> Tensor:
+def _start_groups(w: Tensor, state: Feedback, factor: Factor, grid: Grid, at: slice, find: FindGrid) -> Tensor:
     """Fill the grid of the groups that start inside columns `at`; returns those columns compensated."""
-    k, size, width = w.shape[1], grid.group_size, at.stop - at.start
+    k, size = w.shape[1], grid.group_size
+    wc = state.values[:, at].contiguous()
     first, last = -(-at.start // size), -(-at.stop // size)
-    wide = at if first == last else slice(at.start, min(last * size, k))
-    wc = compensated(w, difference, factor, wide)
     if first < last:
-        values = optimal(w[:, wide], wc, factor.unit[wide, wide])
+        wide = slice(at.start, min(last * size, k))
+        values = optimal(w[:, wide], wc if wide == at else state.ahead(wide), factor.unit[wide, wide])
         found = find(values[:, first * size - at.start :].contiguous(), slice(first * size, wide.stop))
         grid.scales[:, first:last] = found.scales
         if grid.zeros is not None and found.zeros is not None:
             grid.zeros[:, first:last] = found.zeros
-    return wc[:, :width].contiguous()
-
-
-def _block_energy(moved: Tensor, wc: Tensor, before: Tensor, unit: Tensor, diagonal: Tensor) -> Tensor:
-    """What a block adds to tr(D H Dᵀ) of the damped Hessian, as |D V|² by columns of V; a scalar."""
-    error = product(moved, unit).add_(wc).sub_(before).mul_(diagonal)
-    return squared(error)
-
-
-def undamped(energy: Tensor, difference: Tensor, factor: Factor) -> float:
-    """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
-    without = energy - factor.added * squared(difference)
-    return float(torch.where(without > CANCELLED * energy, without, torch.nan))
+    return wc
 
 
 def sparsegpt_columns(
@@ -123,12 +150,12 @@ def sparsegpt_columns(
     goes; n:m masks inside the kernel. With a grid, kept values are quantized in the same pass.
     """
     n, k = w.shape
-    q, difference = torch.empty_like(w), torch.empty_like(w)
     keep = torch.empty_like(w, dtype=torch.bool)
     groups = None if grid is None else grid.groups(None, k)
-    energy = w.new_zeros((), dtype=torch.float64)
-    for at in _pattern_blocks(k, pattern, width):
-        before, wc = w[:, at].contiguous(), compensated(w, difference, factor, at)
+    parts = _pattern_blocks(k, pattern, width)
+    state = Feedback(w, factor, parts)
+    for at in parts:
+        before, wc = w[:, at].contiguous(), state.values[:, at].contiguous()
         unit, diagonal = factor.unit[at, at].contiguous(), factor.diagonal[at].contiguous()
         kept, prune_n, prune_m = None, pattern.n, pattern.m
         if tail := (at.stop - at.start) % max(pattern.m, 1):
@@ -141,10 +168,8 @@ def sparsegpt_columns(
             None if grid is None else grid.scales, None if grid is None else grid.zeros,
             None if groups is None else groups[at], 0 if grid is None else grid.bits,
         )  # fmt: skip
-        moved = before - chosen
-        q[:, at], difference[:, at] = chosen, moved
-        energy += _block_energy(moved, wc, before, unit, diagonal)
-    return q, keep, undamped(energy, difference, factor)
+        state.finish(before, wc, chosen)
+    return state.values, keep, state.undamped()
 
 
 def _pattern_blocks(k: int, pattern: Pattern, width: int) -> list[slice]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import full_fp32, half_product, on_host, product
+from llmkern._dense import full_fp32, half_product, large_empty, on_host, product
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
 # a GEMM to run at full speed on a CPU. On a GPU `add` takes four at a time.
 BLOCK = 256
+ROWS = 512  # of a product of the factorization: wide enough, and little of it is below the diagonal
 MAX_DAMP = 1.0
 
 
@@ -141,10 +142,18 @@ class Hessian:
         """bool [K]: features that were 0 in every token."""
         return self.raw().diagonal() == 0
 
-    def damped(self, damp: float) -> Tensor:
-        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features."""
-        matrix = self.raw().clone()
-        dead = self.dead()
+    def damped(self, damp: float, order: Tensor | None = None) -> Tensor:
+        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features.
+
+        With `order`, int64 [K], of rows and columns in that order.
+        """
+        raw, dead = self.raw(), self.dead()
+        matrix = large_empty(self.k, self.k, raw)
+        if order is None:
+            matrix.copy_(raw)
+        else:
+            torch.index_select(raw.index_select(0, order), 1, order, out=matrix)
+            dead = dead[order]
         matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
         return matrix
 
@@ -189,7 +198,7 @@ class Hessian:
         if count := int(self.dead().sum()):
             notes.append(f"{count} of {self.k} input features are 0 in every token: their weights become 0")
         used, dtype = damp, torch.float32
-        while (upper := _upper_factor(self.damped(used), places, dtype)) is None:
+        while (upper := _upper_factor(self.damped(used, places).to(dtype))) is None:
             if dtype == torch.float32:
                 dtype = torch.float64
                 continue
@@ -219,16 +228,14 @@ def _refuse_unless_finite(what: str, energies: Tensor) -> None:
         raise ValueError(f"{what} non-finite values (or squares) in feature {int(bad.nonzero()[0])}")
 
 
-def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """V upper triangular with V Vᵀ = matrix[places][:, places]; None if none.
+def _upper_factor(matrix: Tensor) -> Tensor | None:
+    """V upper triangular with V Vᵀ = matrix, which it may overwrite; None if there is none.
 
     A pivot within rounding of zero counts as none: what it would divide is noise.
     """
-    if places is not None:
-        # The matrix is symmetric: twice a gather of rows, which are contiguous, and a transpose.
-        matrix = matrix.index_select(0, places).T.contiguous().index_select(0, places)
-    matrix = matrix.to(dtype)
-    return _upper_by_blocks(matrix) if on_host(matrix) else _upper_at_once(matrix)
+    if not on_host(matrix):
+        return _upper_at_once(matrix)
+    return matrix.triu_() if _upper_in_place(matrix, 0, len(matrix)) else None
 
 
 def _upper_at_once(matrix: Tensor) -> Tensor | None:
@@ -243,29 +250,39 @@ def _near_zero(pivots: Tensor, diagonal: Tensor) -> Tensor:
     return (pivots.square() <= torch.finfo(pivots.dtype).eps * diagonal).any()
 
 
-def _upper_by_blocks(matrix: Tensor) -> Tensor | None:
-    """The same from the last column to the first, with most of the work in oneDNN's products.
+def _upper_in_place(matrix: Tensor, start: int, stop: int) -> bool:
+    """Columns start to stop of V, in place of those of the matrix less what the columns of V behind `stop` make of it.
 
-    LAPACK gives Lᵀ L of the reversed matrix or L Lᵀ of this one, so blocks of columns go right to left: the diagonal
-    block by a small reversed Cholesky, what is above it by a triangular solve, and one GEMM takes out the blocks to
-    the right.
+    The right half, then what it takes out of the left half, then the left half: so most of the work is in few large
+    products. False if there is no factor. What is below the diagonal is not looked at, and left as anything.
     """
-    k = len(matrix)
-    upper = torch.zeros_like(matrix)
-    for start in range((k - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        stop = min(start + BLOCK, k)
-        at = slice(start, stop)
-        rest = matrix[:stop, at]
-        if stop < k:
-            rest = rest - product(upper[:stop, stop:], upper[at, stop:].T)
-        lower, info = torch.linalg.cholesky_ex(rest[start:].flip(0, 1))
-        corner = lower.flip(0, 1)
-        if int(info) or bool(_near_zero(corner.diagonal(), matrix.diagonal()[at])):
-            return None
-        upper[at, at] = corner
-        if start:
-            # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
-            eye = torch.eye(stop - start, dtype=matrix.dtype)
-            inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
-            upper[:start, at] = product(rest[:start], inverse.T)
-    return upper
+    if stop - start <= BLOCK:
+        return _upper_block(matrix, slice(start, stop))
+    blocks = -(-(stop - start) // BLOCK)
+    middle = start + (blocks + 1) // 2 * BLOCK
+    if not _upper_in_place(matrix, middle, stop):
+        return False
+    right = matrix[start:middle, middle:stop].contiguous()
+    for row in range(0, middle, ROWS):
+        rows = slice(row, min(row + ROWS, middle))
+        first = max(row, start)  # the columns before are below the diagonal
+        here = right[row - start : rows.stop - start] if row >= start else matrix[rows, middle:stop]
+        matrix[rows, first:middle] -= product(here, right[first - start :].T)
+    return _upper_in_place(matrix, start, middle)
+
+
+def _upper_block(matrix: Tensor, at: slice) -> bool:
+    """A block of columns: the corner by a small Cholesky of LAPACK's, which gives L Lᵀ, so of the reversed corner."""
+    corner = matrix[at, at]
+    diagonal = corner.diagonal().clone()
+    lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+    upper = lower.flip(0, 1)
+    if int(info) or bool(_near_zero(upper.diagonal(), diagonal)):
+        return False
+    corner.copy_(upper)
+    if at.start:
+        # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
+        eye = torch.eye(len(corner), dtype=matrix.dtype)
+        inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+        matrix[: at.start, at] = product(matrix[: at.start, at], inverse.T)
+    return True

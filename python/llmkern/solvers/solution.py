@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import product
+from llmkern._dense import ROWS, half_is_fast, on_host, product
 from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import BLOCK, Hessian
@@ -36,7 +36,7 @@ def relative_loss(weight: Tensor, solved: Tensor, hessian: Hessian, lost: float 
     """tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ); 0 if both are 0. `lost`: the numerator, where it is known already."""
     if math.isnan(lost):
         lost = energy(weight - solved, hessian)
-    whole = energy(weight, hessian)
+    whole = rough_energy(weight, hessian)
     if whole <= 0:
         return 0.0 if lost <= 0 else math.inf
     return max(lost, 0.0) / whole
@@ -54,6 +54,27 @@ def energy(x: Tensor, hessian: Hessian) -> float:
         if start:
             moved.add_(product(x[:, :start], matrix[:start, at]), alpha=2)
         total += torch.dot(moved.view(-1), part.view(-1)).double()
+    return float(total)
+
+
+def rough_energy(x: Tensor, hessian: Hessian) -> float:
+    """`energy` to about four digits, at half its price where a CPU multiplies bf16 faster than fp32.
+
+    The squares, where a feature far greater than others has its share, are in fp32; what bf16 rounds of the rest is
+    of either sign, and averages out over the matrix.
+    """
+    if not (on_host(x) and half_is_fast()):
+        return energy(x, hessian)
+    matrix, (n, k) = hessian.raw(), x.shape
+    total = torch.dot(x.square().sum(0), matrix.diagonal()).double()
+    half = x.bfloat16()
+    for start in range(0, k, 2 * BLOCK):
+        at = slice(start, min(start + 2 * BLOCK, k))
+        above = matrix[: at.stop, at].triu(1 - start).bfloat16()
+        for row in range(0, n, ROWS):
+            part = half[row : row + ROWS, : at.stop].contiguous()
+            moved = (part @ above).float()
+            total += 2 * torch.dot(moved.view(-1), x[row : row + ROWS, at].reshape(-1)).double()
     return float(total)
 
 
