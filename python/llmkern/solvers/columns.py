@@ -46,8 +46,9 @@ class Feedback:
     """
 
     def __init__(self, w: Tensor, factor: Factor, blocks: list[slice]) -> None:
-        self.values = large_empty(*w.shape, w).copy_(w)  # a block's are final when it begins, and free when it is done
-        self.difference = large_empty(*w.shape, w)
+        n, k = w.shape
+        self.values = large_empty(n, k, w).copy_(w)  # a block's are final when it begins, and free when it is done
+        self.difference = large_empty(n, k, w)
         self._w, self._factor, self._blocks, self._done = w, factor, blocks, 0
         self._energy, self._squared = w.new_zeros(2, dtype=torch.float64).unbind()
 
@@ -111,11 +112,9 @@ def gptq_columns(
     parts = blocks(k, width)
     state = Feedback(w, factor, parts)
     for at in parts:
-        if dynamic is None:
-            wc = state.values[:, at].contiguous()
-        else:
-            wc = _start_groups(w, state, factor, grid, at, dynamic)
-        before = w[:, at].contiguous()
+        before, wc = w[:, at].contiguous(), state.values[:, at].contiguous()
+        if dynamic is not None:
+            _start_groups(w, wc, state, factor, grid, at, dynamic)
         unit = factor.unit[at, at].contiguous()
         kept = None if mask is None else mask[:, at].contiguous()
         chosen = ops.gptq_block(before, wc, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
@@ -126,10 +125,11 @@ def gptq_columns(
     return q, state.undamped()
 
 
-def _start_groups(w: Tensor, state: Feedback, factor: Factor, grid: Grid, at: slice, find: FindGrid) -> Tensor:
-    """Fill the grid of the groups that start inside columns `at`; returns those columns compensated."""
+def _start_groups(
+    w: Tensor, wc: Tensor, state: Feedback, factor: Factor, grid: Grid, at: slice, find: FindGrid
+) -> None:
+    """Fill the grid of the groups that start inside columns `at`, whose compensated values are wc."""
     k, size = w.shape[1], grid.group_size
-    wc = state.values[:, at].contiguous()
     first, last = -(-at.start // size), -(-at.stop // size)
     if first < last:
         wide = slice(at.start, min(last * size, k))
@@ -138,7 +138,6 @@ def _start_groups(w: Tensor, state: Feedback, factor: Factor, grid: Grid, at: sl
         grid.scales[:, first:last] = found.scales
         if grid.zeros is not None and found.zeros is not None:
             grid.zeros[:, first:last] = found.zeros
-    return wc
 
 
 def sparsegpt_columns(

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import ROWS, half_is_fast, on_host, product
+from llmkern._dense import half_is_fast, on_host, product
 from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
+from llmkern.formats._base import row_parts
+from llmkern.formats.sparse24 import kept_bits
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import BLOCK, Hessian
 
@@ -65,16 +67,15 @@ def rough_energy(x: Tensor, hessian: Hessian) -> float:
     """
     if not (on_host(x) and half_is_fast()):
         return energy(x, hessian)
-    matrix, (n, k) = hessian.raw(), x.shape
-    total = torch.dot(x.square().sum(0), matrix.diagonal()).double()
-    half = x.bfloat16()
-    for start in range(0, k, 2 * BLOCK):
-        at = slice(start, min(start + 2 * BLOCK, k))
-        above = matrix[: at.stop, at].triu(1 - start).bfloat16()
-        for row in range(0, n, ROWS):
-            part = half[row : row + ROWS, : at.stop].contiguous()
-            moved = (part @ above).float()
-            total += 2 * torch.dot(moved.view(-1), x[row : row + ROWS, at].reshape(-1)).double()
+    matrix, width = hessian.raw(), 2 * BLOCK
+    above = [matrix[: at + width, at : at + width].triu(1 - at).bfloat16() for at in range(0, x.shape[1], width)]
+    total = x.new_zeros((), dtype=torch.float64)
+    for rows in x.split(2 * BLOCK):
+        total += torch.dot(rows.square().sum(0), matrix.diagonal()).double()
+        half = rows.bfloat16()
+        for part, columns in zip(above, rows.split(width, 1), strict=True):
+            moved = (half[:, : len(part)].contiguous() @ part).float()
+            total += 2 * torch.dot(moved.view(-1), columns.reshape(-1)).double()
     return float(total)
 
 
@@ -104,5 +105,12 @@ def pack_kept(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> PackedWeight:
 
 def is_24(mask: Tensor) -> bool:
     """True if no four consecutive columns (from a multiple of 4) keep more than two."""
-    quads = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 4)).view(mask.shape[0], -1, 4)
-    return not quads.numel() or int(quads.sum(-1, dtype=torch.uint8).max()) <= 2
+    if not mask.numel():
+        return True
+    most = 0
+    for rows in row_parts(mask):
+        bits = kept_bits(mask[rows])
+        # Bits 0 and 2, and bits 1 and 3, as two numbers of two bits; then their sum.
+        pairs = (bits & 5) + (bits >> 1 & 5)
+        most = max(most, int(((pairs & 3) + (pairs >> 2)).max()))
+    return most <= 2
