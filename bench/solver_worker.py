@@ -45,6 +45,8 @@ def llmkern_methods() -> dict[str, Method]:
 
     return {
         "gptq": gptq(),
+        "gptq, mse": gptq(clip="mse"),
+        "gptq, descent": gptq(descent=2),
         "gptq, published": gptq(act_order="dynamic", clip=None),
         "2:4, published": sparsegpt(refit=False),
         "2:4, refit": sparsegpt(mask="sparsegpt"),

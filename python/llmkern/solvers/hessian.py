@@ -233,9 +233,7 @@ def _upper_factor(matrix: Tensor) -> Tensor | None:
 
     A pivot within rounding of zero counts as none: what it would divide is noise.
     """
-    if not on_host(matrix):
-        return _upper_at_once(matrix)
-    return matrix.triu_() if _upper_in_place(matrix, 0, len(matrix)) else None
+    return _upper_by_blocks(matrix) if on_host(matrix) else _upper_at_once(matrix)
 
 
 def _upper_at_once(matrix: Tensor) -> Tensor | None:
@@ -250,34 +248,38 @@ def _near_zero(pivots: Tensor, diagonal: Tensor) -> Tensor:
     return (pivots.square() <= torch.finfo(pivots.dtype).eps * diagonal).any()
 
 
-def _upper_in_place(matrix: Tensor, start: int, stop: int) -> bool:
-    """Columns start to stop of V, in place of those of the matrix less what the columns of V behind `stop` make of it.
+def _upper_by_blocks(matrix: Tensor) -> Tensor | None:
+    """The same in place, from the last column to the first, with most of the work in oneDNN's products."""
+    return matrix.triu_() if _upper_columns(matrix, matrix.diagonal().clone(), 0, len(matrix)) else None
 
-    The right half, then what it takes out of the left half, then the left half: so most of the work is in few large
-    products. False if there is no factor. What is below the diagonal is not looked at, and left as anything.
+
+def _upper_columns(matrix: Tensor, diagonal: Tensor, start: int, stop: int) -> bool:
+    """Columns start to stop of V, in place of the matrix less what the columns of V behind `stop` make of it.
+
+    The right half, then what it takes out of the left half, then the left half, so that most of the work is in few
+    large products. `diagonal` is the whole matrix's. False if there is no factor. What is below the diagonal is not
+    looked at, and left as anything.
     """
     if stop - start <= BLOCK:
-        return _upper_block(matrix, slice(start, stop))
+        return _upper_block(matrix, diagonal, slice(start, stop))
     blocks = -(-(stop - start) // BLOCK)
     middle = start + (blocks + 1) // 2 * BLOCK
-    if not _upper_in_place(matrix, middle, stop):
+    if not _upper_columns(matrix, diagonal, middle, stop):
         return False
     right = matrix[start:middle, middle:stop].contiguous()
     for row in range(0, middle, ROWS):
         rows = slice(row, min(row + ROWS, middle))
         first = max(row, start)  # the columns before are below the diagonal
-        here = right[row - start : rows.stop - start] if row >= start else matrix[rows, middle:stop]
-        matrix[rows, first:middle] -= product(here, right[first - start :].T)
-    return _upper_in_place(matrix, start, middle)
+        matrix[rows, first:middle] -= product(matrix[rows, middle:stop], right[first - start :].T)
+    return _upper_columns(matrix, diagonal, start, middle)
 
 
-def _upper_block(matrix: Tensor, at: slice) -> bool:
-    """A block of columns: the corner by a small Cholesky of LAPACK's, which gives L Lᵀ, so of the reversed corner."""
+def _upper_block(matrix: Tensor, diagonal: Tensor, at: slice) -> bool:
+    """A block of columns: the corner by LAPACK, whose L Lᵀ of the reversed corner is V Vᵀ, and what is above it."""
     corner = matrix[at, at]
-    diagonal = corner.diagonal().clone()
     lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
     upper = lower.flip(0, 1)
-    if int(info) or bool(_near_zero(upper.diagonal(), diagonal)):
+    if int(info) or bool(_near_zero(upper.diagonal(), diagonal[at])):
         return False
     corner.copy_(upper)
     if at.start:
