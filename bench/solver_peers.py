@@ -129,20 +129,23 @@ def measure(case: Case, workers: Sequence[Worker], repeats: int, threads: int, f
         for worker in workers:
             for method in worker.about["methods"]:
                 out = None if repeat else str(folder / "solved.pt")
-                seconds = worker.ask(job | {"method": method, "out": out})["seconds"]
+                answer = worker.ask(job | {"method": method, "out": out})
                 if out:
                     loss = energy(case.weight - torch.load(out), hessian) / whole
                     rows[worker.library, method] = {
-                        "case": case.name, "library": worker.library, "method": method, "loss": loss, "seconds": []
+                        "case": case.name, "library": worker.library, "method": method, "loss": loss,
+                        "seconds": [], "cpu_seconds": [],
                     }  # fmt: skip
-                rows[worker.library, method]["seconds"].append(seconds)
+                for kind, value in answer.items():
+                    rows[worker.library, method][kind].append(value)
     mine = {method: row for (library, method), row in rows.items() if library == "llmkern"}
     for row in rows.values():
-        seconds = row.pop("seconds")
-        row["seconds"] = {
-            "median": round(statistics.median(seconds), 4), "least": round(min(seconds), 4),
-            "greatest": round(max(seconds), 4),
-        }  # fmt: skip
+        for kind in ("seconds", "cpu_seconds"):
+            values = row[kind]
+            row[kind] = {
+                "median": round(statistics.median(values), 4), "least": round(min(values), 4),
+                "greatest": round(max(values), 4),
+            }  # fmt: skip
     for row in rows.values():
         if row["library"] != "llmkern":
             rival = RIVALS[row["method"].split(",")[0]]
@@ -158,7 +161,7 @@ def show(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     seconds = row["seconds"]
     text = f"{row['library']:14} {row['method']:16} loss {row['loss']:.6f}  {seconds['median']:8.3f} s"
-    text += f" ({seconds['least']:.3f} .. {seconds['greatest']:.3f})"
+    text += f" ({seconds['least']:.3f} .. {seconds['greatest']:.3f}; {row['cpu_seconds']['least']:.3f} of processors)"
     if "ours" in row:
         text += f"  against our {row['ours']}: time x{row['time_ratio']}, loss x{row['loss_ratio']}"
     return text

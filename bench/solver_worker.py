@@ -1,11 +1,12 @@
-"""One library's solvers in its own process: reads a job per line of stdin, solves it, and answers with the seconds.
+"""One library's solvers in its own process: a job per line of stdin is solved, and answered with the seconds it took.
 
     python -I bench/solver_worker.py llmcompressor|gptqmodel     in an environment of that library
     python -m bench.solver_worker llmkern|reference              in ours
 
 A job is JSON: method, case (a torch file of weight [N, K] and the second moment [K, K]), group_size, threads, out
 (where the solved dense weight [N, K] goes; null not to keep it). The answer is a line that starts with ANSWER, as
-libraries write to stdout too. Not timed: reading, copies of what a solver overwrites, scales that a solver is given.
+libraries write to stdout too; its cpu_seconds are those of all processors. Not timed: reading, copies of what a solver
+overwrites, scales that a solver is given.
 """
 
 from __future__ import annotations
@@ -132,12 +133,12 @@ def main(library: str) -> None:
         torch.set_num_threads(job["threads"])
         weight, moment = torch.load(job["case"])
         solve = methods[job["method"]](weight, moment, job["group_size"])
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         solved = solve()
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
         if job["out"]:
             torch.save(solved.float().contiguous(), job["out"])
-        print(ANSWER + json.dumps({"seconds": seconds}), flush=True)
+        print(ANSWER + json.dumps({"seconds": seconds, "cpu_seconds": busy}), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("n", "k", "m"), [(5, 3, 2), (2100, 70, 40), (1500, 300, 200)])
 def test_add_product_of_parts(n: int, k: int, m: int) -> None:
     out, a, b = random(n, m + 9), random(n, k + 5, seed=1), random(k + 3, m + 4, seed=2)
+    less = random(n, k, seed=3)
     wanted = out.double()
-    wanted[:, 4 : 4 + m] += 0.5 * a[:, 2 : 2 + k].double() @ b[1 : 1 + k, 3 : 3 + m].double()
-    _dense.add_product(out[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], 0.5)
+    wanted[:, 4 : 4 + m] += (a[:, 2 : 2 + k] - less).double() @ b[1 : 1 + k, 3 : 3 + m].double()
+    _dense.add_product(out[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_large_matrices_are_like_others() -> None:
     like = torch.zeros(1)
     for n, k in ((3, 5), (0, 7), (4096, 2049)):
-        matrix = _dense.large_empty(n, k, like)
+        matrix = _dense.large_empty(n, k, like=like)
         assert (matrix.shape, matrix.dtype, matrix.is_contiguous()) == ((n, k), torch.float32, True)
         assert float(matrix.fill_(2).sum()) == 2 * n * k
     other = matrix.clone()

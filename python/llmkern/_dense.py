@@ -7,6 +7,7 @@ torch's own product runs. On a GPU the products are torch's, in fp32 whatever th
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,28 +44,29 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return op(a.contiguous(), weight, None, "none", [], "")
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-    """out [N, M] += alpha * a [N, K] @ b [K, M], fp32; each may be a part of a wider matrix."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, less: Tensor) -> None:
+    """out [N, M] += (a - less) [N, K] @ b [K, M], fp32; each may be a part of a wider matrix."""
     if not on_host(out):
         with full_fp32():
-            out.addmm_(a, b, alpha=alpha)
+            out.addmm_(a - less, b)
         return
     b = b.contiguous()
     for start in range(0, len(a), ROWS):
         rows = slice(start, start + ROWS)
-        out[rows].add_(product(a[rows], b), alpha=alpha)
+        out[rows] += product(a[rows] - less[rows], b)
 
 
-def large_empty(n: int, k: int, like: Tensor) -> Tensor:
-    """An uninitialised fp32 [n, k] on like's device; on a CPU in huge pages where there are any.
+def large_empty(*shape: int, like: Tensor) -> Tensor:
+    """An uninitialised fp32 tensor on like's device; on a CPU in huge pages where there are any.
 
     Clearing a fresh matrix of 64 MiB by pages of 4 KiB takes longer than to copy one (20 ms against 6).
     """
-    if not on_host(like) or 4 * n * k < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(n, k, dtype=torch.float32)
-    memory = mmap.mmap(-1, 4 * n * k, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    size = 4 * math.prod(shape)
+    if not on_host(like) or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape, dtype=torch.float32)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(n, k)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def half_product(a: Tensor, b: Tensor) -> Tensor:

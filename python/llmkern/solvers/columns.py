@@ -31,24 +31,30 @@ def blocks(k: int, width: int = BLOCK, multiple: int = 1) -> list[slice]:
     return [slice(start, min(start + width, k)) for start in range(0, k, width)]
 
 
-class Feedback:
-    """The values of columns [N, K] compensated for the differences w - q of all columns before them, block by block.
+def due(parts: list[slice], done: int) -> tuple[slice, slice]:
+    """Columns whose differences go on when `done` blocks are finished, and those they go to (none after the last).
 
-    A block's differences are not taken to all columns behind it at once. When t blocks are done, the last p of them,
-    p the greatest power of two that divides t, are taken to the p blocks that come next, in one product:
+    A block's differences are not taken to all columns behind it at once: of t finished blocks the last p, p the
+    greatest power of two that divides t, are taken to the p blocks that come next, in one product.
 
         blocks done   1    2    3    4    5    6    7
         from         [0]  0-1  [2]  0-3  [4]  4-5  [6]
         to           [1]  2-3  [3]  4-7  [5]  6-7  [7]
 
-    which is every pair of blocks once, as a recursive halving of the columns has them: half of all the work is in one
-    product of K/2 columns with K/2, and no product reads or writes more than twice its share.
+    That is every pair of blocks once, as a recursive halving of the columns has them: half of all the work is in one
+    product of K/2 columns with K/2.
     """
+    span = done & -done
+    stop = parts[done - 1].stop
+    return slice(parts[done - span].start, stop), slice(stop, parts[min(done + span, len(parts)) - 1].stop)
+
+
+class Feedback:
+    """The values of columns [N, K] compensated for the differences w - q of all columns before them, block by block."""
 
     def __init__(self, w: Tensor, factor: Factor, blocks: list[slice]) -> None:
-        n, k = w.shape
-        self.values = large_empty(n, k, w).copy_(w)  # a block's are final when it begins, and free when it is done
-        self.difference = large_empty(n, k, w)
+        # A block's are final when it begins, and what was chosen when it is done.
+        self.values = large_empty(*w.shape, like=w).copy_(w)
         self._w, self._factor, self._blocks, self._done = w, factor, blocks, 0
         self._energy, self._squared = w.new_zeros(2, dtype=torch.float64).unbind()
 
@@ -61,21 +67,18 @@ class Feedback:
         error = product(moved, unit[at, at]).add_(compensated).sub_(before).mul_(self._factor.diagonal[at])
         self._energy += squared(error)
         self._squared += squared(moved)
-        self.values[:, at], self.difference[:, at] = chosen, moved
+        self.values[:, at] = chosen
         self._done += 1
-        span = self._done & -self._done
-        first = self._blocks[self._done - span].start
-        if self._done < len(self._blocks):
-            last = self._blocks[min(self._done + span, len(self._blocks)) - 1].stop
-            come = slice(at.stop, last)
-            done = slice(first, at.stop)
-            add_product(self.values[:, come], self.difference[:, done], unit[done, come])
+        done, come = due(self._blocks, self._done)
+        if come.start < come.stop:
+            add_product(self.values[:, come], self._w[:, done], unit[done, come], less=self.values[:, done])
 
     def ahead(self, at: slice) -> Tensor:
         """Columns `at`, which may end behind the next block, with the feedback of the blocks that are done."""
         if at.start == 0:
             return self._w[:, at].contiguous()
-        return product(self.difference[:, : at.start], self._factor.unit[: at.start, at]).add_(self._w[:, at])
+        done = slice(0, at.start)
+        return product(self._w[:, done] - self.values[:, done], self._factor.unit[done, at]).add_(self._w[:, at])
 
     def undamped(self) -> float:
         """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
@@ -104,9 +107,9 @@ def gptq_columns(
     the grid of the groups that start in a block is overwritten by `dynamic(values, places)` when the block begins, from
     the values compensated so far, as published.
     """
-    n, k = w.shape
+    k = w.shape[1]
     if factor.order is not None:
-        w = torch.index_select(w, 1, factor.order, out=large_empty(n, k, w))
+        w = torch.index_select(w, 1, factor.order, out=large_empty(*w.shape, like=w))
         mask = None if mask is None else mask.index_select(1, factor.order)
     groups = grid.groups(None if dynamic else factor.order, k)
     parts = blocks(k, width)
@@ -202,19 +205,19 @@ def descend(w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | Non
     Each column takes the grid value nearest to its optimum with all others fixed, which can only lower the objective:
     the column update of gptq_block, with rows of the Hessian (columns divided by its diagonal) for the feedback.
     """
-    q = q.clone()
     k = w.shape[1]
-    groups = grid.groups(None, k)
+    parts, groups = blocks(k), grid.groups(None, k)
     diagonal = damped.diagonal()
-    slope = product(w - q, damped)  # minus half the gradient
-    for index in range(passes):
-        for at in blocks(k):
-            before = q[:, at].contiguous()
+    for _ in range(passes):
+        start, q = q, large_empty(*q.shape, like=q).copy_(q)
+        slope = product(w - start, damped)  # minus half the gradient
+        for index, at in enumerate(parts, 1):
+            before = start[:, at].contiguous()
             target = before + slope[:, at] / diagonal[at]
             unit = (damped[at, at] / diagonal[at]).contiguous()
             kept = None if mask is None else mask[:, at].contiguous()
-            chosen = ops.gptq_block(before, target, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-            q[:, at] = chosen
-            rest = slice(at.stop if index == passes - 1 else 0, k)
-            slope[:, rest] += product(before - chosen, damped[at, rest])
+            q[:, at] = ops.gptq_block(before, target, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
+            done, come = due(parts, index)
+            if come.start < come.stop:
+                add_product(slope[:, come], start[:, done], damped[done, come], less=q[:, done])
     return q

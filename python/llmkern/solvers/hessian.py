@@ -12,7 +12,7 @@ from llmkern._dense import full_fp32, half_product, large_empty, on_host, produc
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
 # a GEMM to run at full speed on a CPU. On a GPU `add` takes four at a time.
 BLOCK = 256
-ROWS = 512  # of a product of the factorization: wide enough, and little of it is below the diagonal
+ROWS = 256  # of a product of the factorization: enough for its speed, and little of it is below the diagonal
 MAX_DAMP = 1.0
 
 
@@ -148,11 +148,12 @@ class Hessian:
         With `order`, int64 [K], of rows and columns in that order.
         """
         raw, dead = self.raw(), self.dead()
-        matrix = large_empty(self.k, self.k, raw)
+        matrix = large_empty(self.k, self.k, like=raw)
         if order is None:
             matrix.copy_(raw)
         else:
-            torch.index_select(raw.index_select(0, order), 1, order, out=matrix)
+            for rows, places in zip(matrix.split(ROWS), order.split(ROWS), strict=True):
+                torch.index_select(raw.index_select(0, places), 1, order, out=rows)
             dead = dead[order]
         matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
         return matrix

@@ -62,20 +62,21 @@ def energy(x: Tensor, hessian: Hessian) -> float:
 def rough_energy(x: Tensor, hessian: Hessian) -> float:
     """`energy` to about four digits, at half its price where a CPU multiplies bf16 faster than fp32.
 
-    The squares, where a feature far greater than others has its share, are in fp32; what bf16 rounds of the rest is
-    of either sign, and averages out over the matrix.
+    The diagonal, where a feature far greater than others has its share, is in fp32; what bf16 rounds of the rest is of
+    either sign, and averages out over the matrix.
     """
     if not (on_host(x) and half_is_fast()):
         return energy(x, hessian)
     matrix, width = hessian.raw(), 2 * BLOCK
-    above = [matrix[: at + width, at : at + width].triu(1 - at).bfloat16() for at in range(0, x.shape[1], width)]
+    starts = range(0, x.shape[1], width)
+    above = [matrix[: at + width, at : at + width].bfloat16().triu_(1 - at) for at in starts]
     total = x.new_zeros((), dtype=torch.float64)
     for rows in x.split(2 * BLOCK):
-        total += torch.dot(rows.square().sum(0), matrix.diagonal()).double()
         half = rows.bfloat16()
-        for part, columns in zip(above, rows.split(width, 1), strict=True):
-            moved = (half[:, : len(part)].contiguous() @ part).float()
-            total += 2 * torch.dot(moved.view(-1), columns.reshape(-1)).double()
+        for part, own, columns in zip(above, matrix.diagonal().split(width), rows.split(width, 1), strict=True):
+            columns = columns.contiguous()
+            moved = (half[:, : len(part)].contiguous() @ part).float().addcmul_(columns, own, value=0.5)
+            total += 2 * torch.dot(moved.view(-1), columns.view(-1)).double()
     return float(total)
 
 
