@@ -8,6 +8,7 @@ import torch
 from llmkern import _dense
 from llmkern.formats import Int4Weight, Sparse24Int4Weight, Sparse24Weight, _base
 from llmkern.solvers import Hessian, columns, hessian, solution
+from llmkern.solvers.grid import find_grid
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -67,11 +68,29 @@ def test_factor_of_any_size(k: int) -> None:
     assert upper is not None
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper @ upper.T, matrix, rtol=1e-9, atol=1e-9)
-    # One of two equal features leaves a pivot of nothing but rounding, wherever its block is.
-    for place in (0, k - 2) if k > 1 else ():
-        equal = (x[:, :, None] * torch.ones(1)).flatten(1).clone()
-        equal[:, place] = equal[:, place + 1]
-        assert hessian._upper_by_blocks(equal.T @ equal) is None
+    # Equal features, here the first and the last, leave a pivot that is positive, but all rounding.
+    if k > 1:
+        equal = torch.eye(k)
+        equal[0, -1] = equal[-1, 0] = 1
+        equal[0, 0] += torch.finfo(torch.float32).eps
+        assert hessian._upper_by_blocks(equal) is None
+
+
+def test_descent_is_column_after_column() -> None:
+    n, k, size = 8, 700, 100
+    w = random(n, k)
+    damped = Hessian(k).add(random(2 * k, k, seed=1) @ (torch.eye(k) + random(k, k, seed=2) / k**0.5)).damped(0.01)
+    grid = find_grid(w, None, bits=4, group_size=size, symmetric=True, clip=None)
+    start = grid.nearest(w)
+    ours = columns.descend(w, start, damped, grid, None, passes=2)
+    q, h = start.double(), damped.double()
+    for _ in range(2):
+        for j in range(k):
+            scale = grid.scales[:, j // size].double()
+            best = q[:, j] + (w.double() - q) @ h[:, j] / h[j, j]
+            q[:, j] = (best / scale).round().clamp(-8, 7) * scale
+    assert ((ours - start).abs() > 1e-6).any(0).float().mean() > 0.5  # most columns have moved somewhere
+    assert ((ours - q).abs() < 1e-4).float().mean() > 0.98  # ties fall either way
 
 
 @pytest.mark.parametrize("n", [3, 700])
