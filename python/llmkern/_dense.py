@@ -69,6 +69,11 @@ def large_empty(*shape: int, like: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
+def take_columns(x: Tensor, order: Tensor, out: Tensor) -> Tensor:
+    """out = x[:, order] of x [N, K] and order int64 [M]; returns out. (torch's index_select would use one core.)"""
+    return torch.gather(x, 1, order.expand(len(x), -1), out=out)
+
+
 def half_product(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] @ b [K, M] of bf16 or fp16 on a GPU, summed in fp32; fp32.
 

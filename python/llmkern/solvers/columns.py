@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import add_product, large_empty, on_host, product, squared
+from llmkern._dense import add_product, large_empty, on_host, product, squared, take_columns
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
@@ -109,7 +109,7 @@ def gptq_columns(
     """
     k = w.shape[1]
     if factor.order is not None:
-        w = torch.index_select(w, 1, factor.order, out=large_empty(*w.shape, like=w))
+        w = take_columns(w, factor.order, large_empty(*w.shape, like=w))
         mask = None if mask is None else mask.index_select(1, factor.order)
     groups = grid.groups(None if dynamic else factor.order, k)
     parts = blocks(k, width)
@@ -124,7 +124,7 @@ def gptq_columns(
         state.finish(before, wc, chosen)
     q = state.values
     if factor.order is not None:
-        q = torch.index_select(q, 1, factor.order.argsort(), out=w)
+        q = take_columns(q, factor.order.argsort(), w)
     return q, state.undamped()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import full_fp32, half_product, large_empty, on_host, product
+from llmkern._dense import full_fp32, half_product, large_empty, on_host, product, take_columns
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
 # a GEMM to run at full speed on a CPU. On a GPU `add` takes four at a time.
@@ -153,7 +153,7 @@ class Hessian:
             matrix.copy_(raw)
         else:
             for rows, places in zip(matrix.split(ROWS), order.split(ROWS), strict=True):
-                torch.index_select(raw.index_select(0, places), 1, order, out=rows)
+                take_columns(raw.index_select(0, places), order, rows)
             dead = dead[order]
         matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
         return matrix
