@@ -7,7 +7,7 @@ import torch
 
 from llmkern import _dense
 from llmkern.formats import Int4Weight, Sparse24Int4Weight, Sparse24Weight, _base
-from llmkern.solvers import Hessian, columns, hessian, solution
+from llmkern.solvers import Hessian, columns, hessian, refit, solution
 from llmkern.solvers.grid import find_grid
 
 
@@ -91,6 +91,18 @@ def test_descent_is_column_after_column() -> None:
             q[:, j] = (best / scale).round().clamp(-8, 7) * scale
     assert ((ours - start).abs() > 1e-6).any(0).float().mean() > 0.5  # most columns have moved somewhere
     assert ((ours - q).abs() < 1e-4).float().mean() > 0.98  # ties fall either way
+
+
+def test_refit_by_parts_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, mask = random(50, 60), random(50, 60, seed=1) > 0
+    damped = Hessian(60).add(random(200, 60, seed=2)).damped(0.01)
+    whole = refit.refit(w, w, mask, damped, 60)
+    monkeypatch.setattr(refit, "ROWS", 7)
+    torch.testing.assert_close(refit.refit(w, w, mask, damped, 60), whole, rtol=1e-4, atol=1e-5)
+    for row in (0, 13, 49):
+        kept = mask[row]
+        wanted = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ w[row])
+        torch.testing.assert_close(whole[row, kept], wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [3, 700])
