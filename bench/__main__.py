@@ -3,7 +3,10 @@
 import importlib
 import sys
 
-BENCHMARKS = ("import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "quality", "demo")
+BENCHMARKS = (
+    "import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "solver_peers", "solver_scaling",
+    "quality", "demo",
+)  # fmt: skip
 
 
 def main() -> None:
