@@ -5,7 +5,10 @@ gradients is the Fisher information, the curvature of the KL divergence from the
 arXiv 2505.22988, and GuidedQuant, Kim et al., arXiv 2505.07004). Kept of it, per layer:
 
     outputs   Σ g gᵀ over tokens, [N, N] in blocks: which outputs matter, and which errors of two outputs cancel
-    tokens    |g|² of every token: how much the layer's errors there matter (the weights of its input's Hessian)
+    tokens    |g| of every token: how much the layer's errors there matter (the weights of its input's Hessian)
+
+The weights would be |g|² if each was known well. From one drawn label they are rough, and squared, few tokens would
+carry the Hessian; |g| gave the least perplexity on a real model.
 
 One forward and backward pass, a sequence at a time; a repeated block is run again in the backward pass, so that the
 activations of one block are in memory, not of all.
@@ -76,14 +79,14 @@ class Sensitivity:
         }
 
     def settle(self, totals: list[dict[str, tuple[float, int]]]) -> None:
-        """Make |g|² 1 in the mean over the `totals` of all processes; forget layers that some of them do not know."""
+        """From |g|² to weights; forget layers that some process does not know. `totals` of all processes."""
         for name in list(self.tokens):
             known = [total[name] for total in totals if name in total]
             mean = sum(part for part, _ in known) / max(sum(count for _, count in known), 1)
             if len(known) < len(totals) or not mean > 0:
                 del self.tokens[name]
             else:
-                self.tokens[name] = [part / mean for part in self.tokens[name]]
+                self.tokens[name] = [(part / mean).sqrt() for part in self.tokens[name]]
 
     def take(self, name: str) -> OutputHessian | None:
         """The outputs of a layer, which are then forgotten; None for one that no gradient came to."""

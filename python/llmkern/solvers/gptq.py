@@ -22,7 +22,7 @@ from llmkern.solvers._checks import (
 from llmkern.solvers.columns import gptq_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
-from llmkern.solvers.output import OutputHessian, coupled_columns, further
+from llmkern.solvers.output import OutputHessian, check_output, coupled_columns, further
 from llmkern.solvers.solution import Solution, pack_quantized, relative_loss
 
 ORDERS = ("static", "dynamic", None)
@@ -40,7 +40,8 @@ def gptq(
     None takes them in natural order; "dynamic" is the published algorithm without activation order, which finds a
     group's scale when it reaches it. clip: how scales are found, see `llmkern.solvers.grid.find_grid`. mask: bool
     [N, K], False = stays 0. descent: passes of coordinate descent over the codes afterwards. scale_dtype: what scales
-    are stored in; codes are chosen on the rounded scales.
+    are stored in; codes are chosen on the rounded scales. output: which errors of the outputs matter (`OutputHessian`);
+    rows are then rounded with feedback between them as well. Not with act_order="dynamic".
 
     Raises ValueError (or TypeError for a dtype) that names the argument; a Hessian that is not positive definite is
     retried as `Hessian.factor` says, and `damp` and `notes` of the solution tell.
@@ -53,6 +54,9 @@ def gptq(
     check_damp("gptq", damp)
     check_passes("gptq", descent)
     mask = check_keep_mask("gptq", mask, w)
+    if output is not None and act_order == "dynamic":
+        raise ValueError('gptq: output needs groups found beforehand, got act_order="dynamic"')
+    check_output("gptq", output, w)
     state = as_hessian("gptq", hessian, w)
     factor = state.factor("activation" if act_order == "static" else None, damp)
     target = live(w, state)

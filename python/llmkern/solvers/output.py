@@ -54,6 +54,16 @@ class OutputHessian:
         return self.parts[part].factor("activation", DAMP)
 
 
+def check_output(name: str, output: OutputHessian | None, w: Tensor) -> None:
+    """ValueError unless `output` fits w [N, K] and has seen tokens."""
+    if output is None:
+        return
+    if output.n != len(w):
+        raise ValueError(f"{name}: weight is [N, K]={list(w.shape)}, but output is of N={output.n}")
+    if not output.tokens:
+        raise ValueError(f"{name}: output has seen zero tokens")
+
+
 def coupled_columns(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: OutputHessian) -> Tensor:
     """GPTQ over all columns of w [N, K], in the factor's order, with feedback between rows as well; natural order."""
     parts = []

@@ -23,7 +23,7 @@ from llmkern.solvers.admm import admm_mask
 from llmkern.solvers.columns import gptq_columns, sparsegpt_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
-from llmkern.solvers.output import OutputHessian, coupled_columns, further
+from llmkern.solvers.output import OutputHessian, check_output, coupled_columns, further
 from llmkern.solvers.refit import coupled_refit
 from llmkern.solvers.refit import refit as refit_kept
 from llmkern.solvers.solution import Solution, pack_kept, pack_quantized, relative_loss
@@ -46,9 +46,9 @@ def sparsegpt(
     more than a whole one). refit: solve the kept weights again by least squares once the mask is known. With `bits`
     (2 to 8, symmetric): codes by GPTQ on the fixed mask from the refit weights, in activation order, then `descent`
     passes of coordinate descent; without refit the published single pass, which prunes and quantizes together and
-    leaves `descent` unused. mask: how it is chosen, "sparsegpt" (the paper's way, group after group) or "admm" (all n:m
-    groups together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. group_size, clip, damp,
-    scale_dtype and errors as in `gptq`.
+    leaves `descent` unused. mask: how it is chosen, "sparsegpt" (the paper's way, block after block) or "admm" (all
+    weights together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. output: as in `gptq`; it
+    needs refit. group_size, clip, damp, scale_dtype and errors as in `gptq`.
     """
     w = as_matrix("sparsegpt", weight)
     pattern = Pattern.parse("sparsegpt", sparsity)
@@ -58,7 +58,10 @@ def sparsegpt(
     check_choice("sparsegpt", "clip", clip, CLIPS)
     check_damp("sparsegpt", damp)
     check_passes("sparsegpt", descent)
-    by_admm = _by_admm(mask, pattern, refit)
+    if output is not None and not refit:
+        raise ValueError("sparsegpt: output needs refit=True, got refit=False")
+    check_output("sparsegpt", output, w)
+    by_admm = _by_admm(mask, refit)
     state = as_hessian("sparsegpt", hessian, w)
     factor = state.factor(None, damp)
     found = factor.notes
@@ -98,10 +101,9 @@ def sparsegpt(
     return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*found, *notes))
 
 
-def _by_admm(mask: str | None, pattern: Pattern, refit: bool) -> bool:
+def _by_admm(mask: str | None, refit: bool) -> bool:
     """Whether the mask comes from ADMM; ValueError if it cannot."""
     check_choice("sparsegpt", "mask", mask, ("admm", "sparsegpt", None))
-    possible = refit
-    if mask == "admm" and not possible:
-        raise ValueError(f'sparsegpt: mask="admm" needs an "n:m" sparsity and refit=True, got refit={refit}')
-    return possible and mask != "sparsegpt"
+    if mask == "admm" and not refit:
+        raise ValueError('sparsegpt: mask="admm" needs refit=True, got refit=False')
+    return refit and mask != "sparsegpt"
