@@ -55,14 +55,23 @@ class Chain:
 
     def call(self, k: int, captured: dict[int, Call], hidden: Tensor | None) -> Call:
         """The arguments of block k on this hidden state; `captured` maps kinds to calls of the same batch."""
-        args, kwargs = captured[self.kind[k]]
+        return self.join(captured[self.kind[k]], hidden)
+
+    def join(self, call: Call, hidden: Tensor | None) -> Call:
+        """The call with this hidden state in its place."""
+        args, kwargs = call
         if isinstance(self.hidden, int):
             return Call((*args[: self.hidden], hidden, *args[self.hidden + 1 :]), kwargs)
         return Call(args, {**kwargs, self.hidden: hidden} if self.hidden is not None else kwargs)
 
-    def frame(self, captured: dict[int, Call]) -> dict[int, Call]:
-        """The calls without their hidden states, which `call` puts in: what is kept does not hold them in memory."""
-        return {k: self.call(k, captured, None) for k in captured}
+    def split(self, call: Call) -> tuple[Call, Tensor | None]:
+        """The call without its hidden state, and the hidden state; None where it has none, and the call as it is."""
+        args, kwargs = call
+        if isinstance(self.hidden, int):
+            hidden = args[self.hidden] if self.hidden < len(args) else None
+        else:
+            hidden = kwargs.get(self.hidden) if self.hidden is not None else None
+        return (self.join(call, None), hidden) if isinstance(hidden, Tensor) else (call, None)
 
 
 def find_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:

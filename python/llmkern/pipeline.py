@@ -10,17 +10,19 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmkern import blocks
 from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
+from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, solve_and_keep, swap
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
+from llmkern.streaming import held, is_streamed
 
 # Distinct inputs of a block up to which they are taken one after the other.
 MAX_STAGES = 8
@@ -31,13 +33,15 @@ OUTSIDE = "outside the repeated blocks: calibrated after them"
 def compress(
     model: nn.Module, recipe: str | Recipe, calibration: Calibration | None = None, *,
     device: torch.device | str | None = None, state_dir: str | Path | None = None, progress: bool = True,
+    activation_budget: int | None = None,
 ) -> Report:  # fmt: skip
     """Compress the linear layers of `model` in place, as `recipe` says, and report on every one.
 
     calibration: token ids [n, L]; an iterable of batches (tensors, or mappings of the model's arguments); or a callable
     that runs the model it is given, whose calls are recorded. Tokens that an attention_mask hides do not count. None is
     fine for data-free recipes. device: where blocks run and are solved (default: where they are); the model stays where
-    it is otherwise. progress: a bar on stderr.
+    it is otherwise. progress: a bar on stderr. activation_budget: bytes of hidden states that stay in memory between
+    blocks, those beyond it go to a temporary file; None is a quarter of the memory that is available.
 
     Raises ValueError: no calibration tokens, a layer that saw none, activations that are not finite (the layer is
     named), a pattern that matches nothing, a model that is compressed already, or what a solver refuses. Layers
@@ -49,10 +53,12 @@ def compress(
     start, before = time.perf_counter(), model_bytes(model)
     report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
     if recipe.method == "cast":
+        if is_streamed(model):
+            raise ValueError(f"compress: {recipe} changes the whole model, so it cannot be streamed; load it whole")
         _cast(model, recipe, report)
     else:
         chosen, report.skipped = choose(model, recipe, "compress")
-        run = _Run(model, chosen, report, device, progress)
+        run = _Run(model, chosen, report, device, progress, activation_budget)
         with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
             if any(wanted.needs_calibration for wanted in chosen.values()):
                 run.calibrated(calls_of(model, calibration))
@@ -69,9 +75,11 @@ class _Run:
     """One compression: the model, what each layer gets, and the report that grows."""
 
     def __init__(
-        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, progress: bool
-    ) -> None:
+        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, progress: bool,
+        activation_budget: int | None,
+    ) -> None:  # fmt: skip
         self.model, self.chosen, self.report = model, chosen, report
+        self.activation_budget = activation_budget
         self.device = None if device is None else torch.device(device)
         self.bar = Progress(report.recipe, len(chosen), progress)
         self.batches: list[Call] = []
@@ -111,26 +119,34 @@ class _Run:
         ]
         last = max((k for k in range(count) if layers[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
-        captured: list[dict[int, Call]] = []
-        hidden: list[Tensor] = []
-        calls: list[Call] = []
-        for k in range(last + 1):
-            if k == 0:
-                captured = [self._capture(chain, batch, kinds) for batch in self.batches]
-                calls = [found[0] for found in captured]
-                captured = [chain.frame(found) for found in captured]
-            elif chain.follows[k]:
-                calls = [chain.call(k, found, h) for found, h in zip(captured, hidden, strict=True)]
-            else:
-                calls = [self._capture(chain, batch, [k])[k] for batch in self.batches]
-            feeds_next = k < last and chain.follows[k + 1]
-            hidden = self._block(chain.blocks[k], layers[k], calls, feeds_next)
+        frames: list[dict[int, Call]] = []
+        with Store(self.activation_budget) as hidden:
+            for k in range(last + 1):
+                if k == 0 or not chain.follows[k]:
+                    entered = self._enter(chain, [k] if k else kinds, hidden)
+                    frames = frames or entered
+                    own = [frame[k] for frame in entered]
+                else:
+                    own = [frame[chain.kind[k]] for frame in frames]
+                feeds_next = k < last and chain.follows[k + 1]
+                with held(chain.blocks[k]):
+                    self._block(chain.blocks[k], layers[k], Calls(chain, own, hidden), feeds_next)
         return {name for found in layers for name in found}
 
-    def _block(
-        self, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
-    ) -> list[Tensor]:
-        """Compress one block on these calls; with `feeds_next`, the hidden states it hands on."""
+    def _enter(self, chain: Chain, which: list[int], hidden: Store) -> list[dict[int, Call]]:
+        """Run the model up to these blocks: their calls per batch without hidden states; the first's is stored."""
+        frames = []
+        for at, batch in enumerate(self.batches):
+            found = {}
+            for k, call in blocks.capture(chain, self._bound(self.model, batch), which).items():
+                found[k], state = chain.split(call)
+                if k == which[0]:
+                    hidden.put(at, state)
+            frames.append(found)
+        return frames
+
+    def _block(self, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool) -> None:
+        """Compress one block on these calls; with `feeds_next`, what it hands on takes the place of its inputs."""
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         device = self.device or home
         block.to(device)
@@ -147,16 +163,14 @@ class _Run:
         for name, packed in pending.items():
             if packed.activations:
                 swap(self.model, name, packed)
-        hidden = []
         if feeds_next:
-            for call in calls:
+            for at, call in enumerate(calls):
                 args, kwargs = move_call(call, device)
-                hidden.append(move(blocks.hidden_state(block(*args, **kwargs)), home))
+                calls.hidden.put(at, move(blocks.hidden_state(block(*args, **kwargs)), home))
         for name, packed in pending.items():
             if not packed.activations:
                 swap(self.model, name, packed)
         block.to(home)
-        return hidden
 
     def _stages(self, block: nn.Module, layers: dict[str, nn.Module], first: Call) -> list[dict[str, nn.Module]]:
         """The block's layers in the order of their inputs, each stage on inputs from the stages solved before it.
@@ -185,13 +199,14 @@ class _Run:
                     raise ValueError(
                         f"compress: layer {name} saw no calibration tokens; give data that reaches it or ignore it"
                     )
-            packed, row, solution = solve_and_keep("compress", name, layer, hessian, self.chosen[name])
+            with held(layer):
+                packed, row, solution = solve_and_keep("compress", name, layer, hessian, self.chosen[name])
+                if shared is not None:
+                    layer.weight.copy_(solution.weight.T if is_conv1d(layer) else solution.weight)  # type: ignore[operator]
             if name in notes:
                 row.notes = (*row.notes, notes[name])
             pending[name] = packed
             self.report.rows.append(row)
-            if shared is not None:
-                layer.weight.copy_(solution.weight.T if is_conv1d(layer) else solution.weight)  # type: ignore[operator]
             self.bar.step(name)
         return pending
 
@@ -206,9 +221,6 @@ class _Run:
             shared.forward(run)
         except ValueError as error:
             raise ValueError(f"compress: {error}") from None
-
-    def _capture(self, chain: Chain, batch: Call, which: list[int]) -> dict[int, Call]:
-        return blocks.capture(chain, self._bound(self.model, batch), which)
 
     @staticmethod
     def _bound(module: nn.Module, call: Call) -> Callable[[], Any]:
