@@ -11,7 +11,7 @@ that break the assumption get their inputs by running the model up to them again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -202,6 +202,11 @@ class SharedInputs:
             if name != leader:
                 groups[leader].append(name)
         return groups
+
+    def drop(self, layers: Iterable[str]) -> None:
+        """Forget the Hessians of these layers: nobody else asks for them once they are solved."""
+        for name in layers:
+            self._hessians.pop(name, None)
 
     def _hook(self, name: str) -> Callable[..., None]:
         def see(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -109,6 +109,7 @@ class _Run:
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
             for layers in _groups(shared, rest):
                 self._replace(layers, shared, notes)
+                shared.drop(layers)
 
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
@@ -158,6 +159,7 @@ class _Run:
                 self._collect(shared, self._bound(block, move_call(call, device)))
             for group in _groups(shared, stage):
                 pending |= self._solve(group, shared)
+                shared.drop(group)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
         for name, packed in pending.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkern import _large
 from llmkern._dense import full_fp32, half_product, on_host, product
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
@@ -44,7 +45,7 @@ class Hessian:
             raise ValueError(f"Hessian: K must be an int >= 1, got {k!r}")
         self.k = k
         self.tokens = 0
-        self._sum = torch.zeros(k, k, device=device)
+        self._sum = _large.zeros(k, device=device)
         self._whole = True  # False while blocks below the diagonal are out of date
         self._checked = True  # False while nobody has looked whether the sum is finite
         self._factors: dict[tuple[str | None, float], Factor] = {}
@@ -143,9 +144,23 @@ class Hessian:
 
     def damped(self, damp: float) -> Tensor:
         """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features."""
-        matrix = self.raw().clone()
-        dead = self.dead()
-        matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
+        return self._arranged(damp, None, torch.float32)
+
+    def _arranged(self, damp: float, places: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`damped` with rows and columns in the order `places`, in the one new matrix that there is."""
+        raw = self.raw()
+        matrix = _large.zeros(self.k, dtype, self.device)
+        diagonal = (raw.diagonal() + damp * self.mean_diagonal()).masked_fill_(self.dead(), 1.0)
+        if places is None:
+            matrix.copy_(raw)
+        else:
+            # The matrix is symmetric: a gather of rows, which are contiguous, a transpose, and another such gather.
+            width = BLOCK if on_host(raw) else 4 * BLOCK
+            for start in range(0, self.k, width):
+                rows = raw.index_select(0, places[start : start + width]).T.contiguous()
+                matrix[:, start : start + width] = rows.index_select(0, places)
+            diagonal = diagonal.index_select(0, places)
+        matrix.diagonal().copy_(diagonal)
         return matrix
 
     def mean_diagonal(self) -> float:
@@ -172,7 +187,7 @@ class Hessian:
             damped = self.damped(damp)
             scale = damped.diagonal().sqrt()
             with full_fp32():
-                energies, basis = torch.linalg.eigh(damped / scale / scale.unsqueeze(1))
+                energies, basis = torch.linalg.eigh(damped.div_(scale).div_(scale.unsqueeze(1)))
             self._spectra[damp] = (scale, energies.clamp_(min=0), basis)
         return self._spectra[damp]
 
@@ -189,7 +204,7 @@ class Hessian:
         if count := int(self.dead().sum()):
             notes.append(f"{count} of {self.k} input features are 0 in every token: their weights become 0")
         used, dtype = damp, torch.float32
-        while (upper := _upper_factor(self.damped(used), places, dtype)) is None:
+        while (upper := _upper_factor(self._arranged(used, places, dtype))) is None:
             if dtype == torch.float32:
                 dtype = torch.float64
                 continue
@@ -219,15 +234,11 @@ def _refuse_unless_finite(what: str, energies: Tensor) -> None:
         raise ValueError(f"{what} non-finite values (or squares) in feature {int(bad.nonzero()[0])}")
 
 
-def _upper_factor(matrix: Tensor, places: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """V upper triangular with V Vᵀ = matrix[places][:, places]; None if none.
+def _upper_factor(matrix: Tensor) -> Tensor | None:
+    """V upper triangular with V Vᵀ = matrix, which is overwritten; None if there is none.
 
     A pivot within rounding of zero counts as none: what it would divide is noise.
     """
-    if places is not None:
-        # The matrix is symmetric: twice a gather of rows, which are contiguous, and a transpose.
-        matrix = matrix.index_select(0, places).T.contiguous().index_select(0, places)
-    matrix = matrix.to(dtype)
     return _upper_by_blocks(matrix) if on_host(matrix) else _upper_at_once(matrix)
 
 
@@ -248,10 +259,10 @@ def _upper_by_blocks(matrix: Tensor) -> Tensor | None:
 
     LAPACK gives Lᵀ L of the reversed matrix or L Lᵀ of this one, so blocks of columns go right to left: the diagonal
     block by a small reversed Cholesky, what is above it by a triangular solve, and one GEMM takes out the blocks to
-    the right.
+    the right. A block is read once, before anything is written to it, so V takes the matrix's place.
     """
     k = len(matrix)
-    upper = torch.zeros_like(matrix)
+    upper, wanted = matrix, matrix.diagonal().clone()
     for start in range((k - 1) // BLOCK * BLOCK, -1, -BLOCK):
         stop = min(start + BLOCK, k)
         at = slice(start, stop)
@@ -260,9 +271,10 @@ def _upper_by_blocks(matrix: Tensor) -> Tensor | None:
             rest = rest - product(upper[:stop, stop:], upper[at, stop:].T)
         lower, info = torch.linalg.cholesky_ex(rest[start:].flip(0, 1))
         corner = lower.flip(0, 1)
-        if int(info) or bool(_near_zero(corner.diagonal(), matrix.diagonal()[at])):
+        if int(info) or bool(_near_zero(corner.diagonal(), wanted[at])):
             return None
         upper[at, at] = corner
+        upper[stop:, at] = 0
         if start:
             # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
             eye = torch.eye(stop - start, dtype=matrix.dtype)
