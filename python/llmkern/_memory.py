@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -26,6 +27,17 @@ def available(device: torch.device | str = "cpu") -> int | None:
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to be read or written."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def fill(tensor: Tensor, file: IO[bytes]) -> bool:
+    """Read a contiguous tensor on the CPU from an unbuffered file; False where the file ends too early."""
+    left = raw(tensor)
+    while len(left):
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            return False
+        left = left[count:]
+    return True
 
 
 def _machine() -> int | None:

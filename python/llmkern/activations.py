@@ -112,13 +112,9 @@ class Store:
     def _read(self, place: Spilled) -> Tensor:
         assert self._file is not None
         flat = torch.empty(place.shape.numel(), dtype=place.dtype)
-        into = _memory.raw(flat)
         self._file.seek(place.offset)
-        while into:
-            count = self._file.readinto(into)  # type: ignore[attr-defined]
-            if not count:
-                raise OSError("compress: the file of spilled activations was cut off")
-            into = into[count:]
+        if not _memory.fill(flat, self._file):
+            raise OSError("compress: the file of spilled activations was cut off")
         tensor = flat.view(place.shape)
         if tensor.stride() != place.stride:
             # Kernels may add up in another order for another layout: it comes back as it was.

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+from llmkern._memory import fill
+from llmkern.weight_writer import NAMES
+
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 INDEX = "model.safetensors.index.json"
 # Buffers that older checkpoints hold and newer models compute.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -26,6 +30,7 @@ class Stored(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 class Target(NamedTuple):
@@ -36,17 +41,21 @@ class Target(NamedTuple):
 
 
 class Lazy:
-    """A tensor that is read when it is indexed, as transformers does with a slice of a safetensors file."""
+    """A tensor that is read when it is indexed, as transformers does with a slice of a safetensors file.
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+    Read, not mapped: a mapping's pages would count as this process's memory.
+    """
+
+    def __init__(self, key: str, stored: Stored) -> None:
+        self.key, self.stored = key, stored
 
     def __getitem__(self, at: Any) -> Tensor:
-        from safetensors import safe_open
-
-        # A copy, and the file closed: pages of a mapped file would count as this process's memory as long as it lives.
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.key).clone()[at]
+        tensor = torch.empty(self.stored.shape, dtype=DTYPES[self.stored.dtype])
+        with self.stored.path.open("rb", buffering=0) as file:
+            file.seek(self.stored.offset)
+            if not fill(tensor, file):
+                raise ValueError(f"stream: {self.stored.path}: the file ends inside tensor {self.key!r}")
+        return tensor[at]
 
 
 class Files:
@@ -69,15 +78,15 @@ class Files:
         named = getattr(config, "dtype", None)
         if named is not None:
             return getattr(torch, named) if isinstance(named, str) else named
-        return next((DTYPES[s.dtype] for s in self.tensors.values() if s.dtype in DTYPES), torch.float32)
+        return next((FLOATS[s.dtype] for s in self.tensors.values() if s.dtype in FLOATS), torch.float32)
 
     def check(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
         """ValueError for a tensor of another shape than its parameter, or of no dense float dtype."""
         wanted = model.state_dict()
         for key, target in targets.items():
             stored, tensor = self.tensors[key], wanted[target.name]
-            if tensor.is_floating_point() and stored.dtype not in DTYPES:
-                known = ", ".join(DTYPES)
+            if stored.dtype not in (FLOATS if tensor.is_floating_point() else DTYPES):
+                known = ", ".join(FLOATS if tensor.is_floating_point() else DTYPES)
                 raise ValueError(f"stream: {stored.path}: tensor {key!r} must be one of {known}, got {stored.dtype}")
             if not target.converted and stored.shape != tuple(tensor.shape):
                 raise ValueError(
@@ -138,7 +147,7 @@ class Reader:
         """Read these tensors into their parameters. ValueError when one does not fit or cannot be converted."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        lazy = {key: Lazy(self.files.tensors[key].path, key) for key in keys}
+        lazy = {key: Lazy(key, self.files.tensors[key]) for key in keys}
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(model, lazy, self.config)
         if info.mismatched_keys:
@@ -224,14 +233,16 @@ def _headers(path: Path) -> Iterator[tuple[str, Stored]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                size = torch.Size(shape).numel() * (DTYPES[dtype].itemsize if dtype in DTYPES else 1)
-                yield key, Stored(path, dtype, shape, size)
-    except (SafetensorError, OSError) as error:
+        # Opening checks the whole header: that offsets fit the file, the shapes, and one another.
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"stream: {path} cannot be read: {str(error).splitlines()[0]}") from None
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        yield key, Stored(path, entry["dtype"], tuple(entry["shape"]), end - start, 8 + length + start)
 
 
 @contextmanager
