@@ -114,11 +114,11 @@ class _Run:
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
         count = len(chain.blocks)
-        layers = [
-            {name: layer for name, layer in blocks.linears(block, prefix).items() if name in self.chosen}
+        names = [
+            [name for name in blocks.linears(block, prefix) if name in self.chosen]
             for block, prefix in zip(chain.blocks, chain.names, strict=True)
         ]
-        last = max((k for k in range(count) if layers[k]), default=-1)
+        last = max((k for k in range(count) if names[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
         frames: list[dict[int, Call]] = []
         with Store(self.activation_budget) as hidden:
@@ -130,9 +130,11 @@ class _Run:
                 else:
                     own = [frame[chain.kind[k]] for frame in frames]
                 feeds_next = k < last and chain.follows[k + 1]
+                # Looked up now, and not kept: the dense layers go when they are replaced.
+                layers = {name: self.model.get_submodule(name) for name in names[k]}
                 with held(chain.blocks[k]):
-                    self._block(chain.blocks[k], layers[k], Calls(chain, own, hidden), feeds_next)
-        return {name for found in layers for name in found}
+                    self._block(chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next)
+        return {name for found in names for name in found}
 
     def _enter(self, chain: Chain, which: list[int], hidden: Store) -> list[dict[int, Call]]:
         """Run the model up to these blocks: their calls per batch without hidden states; the first's is stored."""

@@ -10,6 +10,7 @@ in memory. Which tensor of the files belongs where is decided by transformers it
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +26,17 @@ MARK = "_llmkern_block"  # on every module inside a streamed block: the block
 
 
 class Read(NamedTuple):
-    """A parameter as it was read from a file; a higher version means that it was written to since."""
+    """A parameter as it was read from a file; a higher version means that it was written to since.
 
-    parameter: nn.Parameter
+    Weak: a layer that is replaced takes its dense weight with it.
+    """
+
+    parameter: weakref.ref[nn.Parameter]
     version: int
+
+    def still(self, current: nn.Parameter | None) -> bool:
+        """Whether `current` is the parameter, and as it was read."""
+        return current is not None and self.parameter() is current and current._version == self.version
 
 
 class Block:
@@ -58,17 +66,17 @@ class Block:
                 raise ValueError(f"stream: {self.stream.files.folder}: no values for {name}")
             if name in absent or self.converted:
                 parameter.requires_grad_(False)
-                self._read[name] = Read(parameter, parameter._version)
+                self._read[name] = Read(weakref.ref(parameter), parameter._version)
 
     def release(self) -> None:
         """Give back the matrices that are still as they were read. Vectors stay: reading them costs more than they."""
         current = dict(self._parameters())
-        same = {n for n, read in self._read.items() if current.get(n) is read.parameter and _untouched(read)}
+        same = {name for name, read in self._read.items() if read.still(current.get(name))}
         if self.converted and same != self._read.keys():
             # Several parameters come from one tensor of the files: reading one again would reset the others.
             return
         for name in [name for name in same if current[name].ndim > 1]:
-            _set(self.stream.model, name, _on_meta(self._read.pop(name).parameter))
+            _set(self.stream.model, name, _on_meta(current[name]))
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.stream.model.get_submodule(self.name).named_parameters(self.name)
@@ -183,10 +191,6 @@ def parameter(module: nn.Module, leaf: str) -> nn.Parameter:
     found = module._parameters[leaf]
     assert found is not None
     return found
-
-
-def _untouched(read: Read) -> bool:
-    return read.parameter._version == read.version
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
