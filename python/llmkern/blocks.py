@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,8 @@ def find_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[str]]:
     """Run the whole model once by `run()`; return its chains in the order they ran, and the blocks that are no chain.
 
-    The latter are the names of blocks that ran more than once in a forward (shared weights), or not at all.
+    The latter are the names of blocks that ran more than once in a forward (shared weights), or not at all. The pass
+    ends at the output head: its logits would be the largest tensor of the whole run.
     """
     lists = find_lists(model)
     calls: dict[str, list[tuple[Call, Any]]] = {}
@@ -99,8 +101,15 @@ def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[s
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         calls.setdefault(names[block], []).append((Call(args, kwargs), output))
 
-    with _hooks(block.register_forward_hook(record, with_kwargs=True) for block in names):
-        run()
+    def stop(head: nn.Module, args: tuple) -> None:
+        raise Stop
+
+    hooks = [partial(block.register_forward_hook, record, with_kwargs=True) for block in names]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, nn.Module):
+        hooks.append(partial(head.register_forward_pre_hook, stop))
+    with _hooks(hook() for hook in hooks):
+        stopped(run)
     chains, irregular = [], []
     order = {name: at for at, name in enumerate(calls)}
     for name, blocks in lists:
