@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from llmkern import blocks
+from llmkern._memory import give_back
 from llmkern.weight_files import Files, Reader, read_config, skeleton
 
 MARK = "_llmkern_block"  # on every module inside a streamed block: the block
@@ -128,6 +129,8 @@ class Stream:
         """Have `block` in memory; the one that was needed before goes, unless it is held."""
         if self._current is not None and self._current is not block and not self._current.pins:
             self._current.release()
+            # Blocks come and go in pieces of a few MB, which an allocator would keep, and find no use for.
+            give_back()
         self._current = block
         block.load()
 
