@@ -3,7 +3,18 @@
 import importlib
 import sys
 
-BENCHMARKS = ("import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "quality", "demo")
+BENCHMARKS = (
+    "import_cost",
+    "overhead",
+    "threads",
+    "after",
+    "linear",
+    "generate",
+    "solvers",
+    "quality",
+    "memory",
+    "demo",
+)
 
 
 def main() -> None:

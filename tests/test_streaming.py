@@ -349,21 +349,23 @@ llmkern.save(model, folder + "-out")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts anonymous mappings on Linux alone")
 def test_a_model_larger_than_memory(tmp_path):
-    """Dense weights of 226 MB, and a process that may take 3/5 of that beyond what its libraries have.
+    """Dense weights of 151 MB, and a process that may take 3/4 of that beyond what its libraries have.
 
     RLIMIT_DATA counts what a process allocates (and what it maps to write to), resident or not; RLIMIT_AS would also
     count the address space that torch's libraries and threads reserve and never touch.
     """
     folder = save(
-        tmp_path / "m", shard="8MB", hidden_size=512, intermediate_size=1024, num_hidden_layers=24,
+        tmp_path / "m", shard="8MB", hidden_size=512, intermediate_size=1024, num_hidden_layers=16,
         num_attention_heads=4, num_key_value_heads=4,
     )  # fmt: skip
     dense = sum(path.stat().st_size for path in shards(folder))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # What is freed goes back to the system at once: the limit is on what is in use, not on an allocator's gaps.
+    environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = {}
     for mode in ("stream", "whole"):
         done[mode] = subprocess.run(
-            [sys.executable, "-c", LIMITED, str(folder), mode, str(dense * 3 // 5)],
+            [sys.executable, "-c", LIMITED, str(folder), mode, str(dense * 3 // 4)],
             env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done["stream"].returncode == 0, done["stream"].stderr[-2000:]
