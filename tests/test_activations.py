@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import llmkern
-from llmkern import _large, _memory, activations
+from llmkern import _large, _memory, activations, pipeline
 from llmkern.activations import Store
 from llmkern.solvers import Hessian, gptq, sparsegpt
 
@@ -190,17 +190,24 @@ def test_a_disk_too_small_for_a_matrix(monkeypatch):
 
 
 def test_hessians_go_once_their_layers_are_solved(monkeypatch):
-    """At the end of a stage none is left: the next stage's are the only ones."""
-    alive, most = weakref.WeakSet(), [0]
-    init = Hessian.__init__
+    """In one pass over a model without blocks all of them are there at first; each goes with its layers."""
+    alive, counts = weakref.WeakSet(), []
+    init, step = Hessian.__init__, pipeline.Progress.step
 
     def counted(self, *args):
         init(self, *args)
-        gc.collect()
         alive.add(self)
-        most[0] = max(most[0], len(alive))
+
+    def look(self, name):
+        counts.append(len(alive))
+        step(self, name)
 
     monkeypatch.setattr(Hessian, "__init__", counted)
-    llmkern.compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), progress=False)
-    # Probing a block takes its four inputs at once; after that, one per stage.
-    assert most[0] <= 4
+    monkeypatch.setattr(pipeline.Progress, "step", look)
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(4)))
+    gc.disable()
+    try:
+        llmkern.compress(model, "gptq-int4-g16", [torch.randn(40, 16)], progress=False)
+    finally:
+        gc.enable()
+    assert counts == [4, 3, 2, 1]

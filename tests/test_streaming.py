@@ -75,7 +75,8 @@ def test_the_model_is_the_loaded_one(kind, shard, tied, dtype, tmp_path):
 @pytest.mark.parametrize("recipe", ["gptq-int4-g32", "rtn-int8", "sparsegpt-2:4", "w8a8"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_compressed_and_saved_it_is_the_same_file(kind, recipe, tmp_path, recwarn):
-    save(tmp_path / "m", kind, torch.bfloat16)
+    # fp32 weights of the loaded model are views of a mapped file, which start anywhere.
+    save(tmp_path / "m", kind, torch.float32 if kind in ("llama", "gpt2") else torch.bfloat16)
     # Some layers stay dense: their weights are read once more to be saved.
     recipe = llmkern.Recipe.parse(recipe, ignore=("lm_head", "re:.*(o_proj|c_proj|fc2|gate)$"))
     reports = []
@@ -174,7 +175,8 @@ def test_converted_weights_that_were_written_to_are_kept(tmp_path):
     experts = model.model.layers[0].mlp.experts
     with streaming.held(experts), torch.no_grad():
         experts.down_proj.zero_()
-    tiny.output("mixtral", model, tiny.token_ids(2))
+    for _ in range(2):
+        tiny.output("mixtral", model, tiny.token_ids(2))
     assert not experts.down_proj.any()
     assert model.model.layers[1].mlp.experts.down_proj.any()
 
