@@ -88,6 +88,51 @@ def test_layers_that_read_one_tensor_share_a_hessian():
     assert set(shared.tokens.values()) == {2 * tiny.LENGTH}
 
 
+class Flat(torch.nn.Module):
+    """a reads [batch, length, K], b the same tokens as one row, c only the first of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.b(self.a(x).reshape(-1, 8)).sum() + self.c(x[:, 0]).sum()
+
+
+def test_padding_is_left_out_however_tokens_are_laid_out():
+    module, x = Flat(), torch.randn(8, 5, 8)
+    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    shared.rows = torch.arange(5) < torch.randint(1, 5, (8, 1))
+    with torch.no_grad():
+        shared.forward(lambda: module(x))
+        kept = module.a(x)[shared.rows]
+    count = int(shared.rows.sum())
+    assert shared.tokens == {"m.a": count, "m.b": count, "m.c": 8}
+    assert torch.allclose(shared.hessian("m.b").raw(), kept.T @ kept, atol=1e-4)
+    assert shared.unmasked == {"m.c"}
+
+
+class Turning(torch.nn.Module):
+    """The order of the layers is another in every forward, as that of experts sorted by their load."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        one, two = (self.a, self.b) if x[0, 0] > 0 else (self.b, self.a)
+        return two(one(x).clone())
+
+
+def test_a_forward_is_not_cut_short_before_every_layer_ran():
+    module = Turning()
+    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    with torch.no_grad():
+        for x in (torch.ones(4, 8), -torch.ones(4, 8)):
+            shared.forward(lambda x=x: module(x))
+    assert shared.tokens == {"m.a": 8, "m.b": 8}
+
+
 class InPlace(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -108,7 +108,6 @@ def test_help_names_every_command(run):
         (["eval"], "MODEL"),
         (["compress", "m", "--out", "o"], "--recipe"),
         (["compress", "m", "--recipe", "rtn-int8", "--out", "o", "--samples", "0"], "at least 1, got 0"),
-        (["compress", "m", "--recipe", "rtn-int8", "--out", "o", "--resume"], "--resume"),
         (["eval", "m", "--seqlen", "1"], "at least 2, got 1"),
         (["eval", "m", "--windows", "many"], "whole number, got 'many'"),
     ],
@@ -230,6 +229,51 @@ def test_an_interrupt_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(llmkern_cli.env, "run", interrupted)
     refused(run("env"), 1, "interrupted")
+
+
+def test_a_run_that_was_interrupted_goes_on(run, model, corpus, tmp_path, monkeypatch):
+    from llmkern.state import State
+
+    command = ["compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", 3, "--seqlen", 16]
+    assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    out, hidden = tmp_path / "out", tmp_path / ".out.llmkern-state"
+    with monkeypatch.context() as patch:
+        write = State.write
+
+        def second(self, part, solved):
+            if self.parts:
+                raise KeyboardInterrupt
+            write(self, part, solved)
+
+        patch.setattr(State, "write", second)
+        refused(run(*command, "--out", out), 1, "interrupted: 1 finished parts are kept in", "--resume")
+    assert not out.exists()
+    refused(run(*command, "--out", out), 1, "has 1 finished parts in", "--resume", "delete that folder")
+    other = ["compress", model, "--recipe", "gptq-int8", *command[4:], "--out", out, "--resume"]
+    refused(run(*other), 1, "recipe.bits is 4 there and 8 here")
+    code, _, err = run(*command, "--out", out, "--resume")
+    assert code == 0
+    assert "resuming after 1 finished parts" in err
+    for name in ("model.safetensors", "llmkern.json", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not hidden.exists()
+    code, _, err = run(*command, "--out", out, "--resume")
+    assert code == 0
+    assert "nothing to resume" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_under_torchrun_the_first_rank_writes_and_prints(model, corpus, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmkern"]
+    command = ["compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", "9"]
+    command += ["--seqlen", "16", "--json", "--out", tmp_path / "out"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["tokens"] == 9 * 16
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"] == result["rows"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_library_prints_stays_off_stdout(run, monkeypatch):
@@ -384,6 +428,50 @@ def test_the_seed_chooses_the_windows(run, model, corpus, tmp_path):
         losses.append([row["loss"] for row in json.loads(out)["rows"]])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+@pytest.fixture(scope="module")
+def mixture(model, tmp_path_factory):
+    """As `model`, with four experts in the place of the MLP."""
+    import shutil
+
+    import torch
+
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=len(WORDS) + 1, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(folder, save_original_format=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "format"), [("gptq-int4-g16", "Int4Weight"), ("sparsegpt-2:4", "Sparse24Weight")])
+def test_compress_and_inspect_a_mixture(run, mixture, corpus, tmp_path, recipe, format):
+    before = json.loads(run("inspect", mixture, "--json")[1])
+    dense = {layer["name"]: layer for layer in before["layers"]}
+    assert dense["model.layers.0.mlp.experts.gate_up_proj"]["shape"] == [4, 96, 64]
+    command = ("compress", mixture, "--recipe", recipe, "--out", tmp_path / "o", "--calibration", corpus)
+    code, out, err = run(*command, "--samples", 4, "--seqlen", 32, "--experts", "all", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert {row["tokens"] for row in report["rows"]} == {128}
+    assert report["details"]["experts"] == "all"
+    code, out, err = run("inspect", tmp_path / "o", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    expert = layers["model.layers.1.mlp.experts.3.down_proj"]
+    assert (expert["format"], expert["shape"]) == (format, [64, 48])
+    assert sum(layer["format"] == format for layer in layers.values()) == len(report["rows"]) == 2 * (4 + 8)
+    assert found["bytes"] == found["layer_bytes"] + found["other_bytes"]
+    assert layers.keys() - {row["name"] for row in report["rows"]} == {
+        "lm_head", "model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate",
+    }  # fmt: skip
 
 
 def test_inspect_a_plain_folder_and_a_file(run, model):

@@ -156,24 +156,95 @@ def test_a_layer_that_sits_in_two_places_is_replaced_in_both():
     assert model[2] is layer
 
 
-def test_heads_tied_to_the_embeddings_are_left_and_reported():
-    model = tiny.llama(tie_word_embeddings=True)
-    report = llmkern.patch(model, "rtn-int8", ignore=())
-    assert {skip.name: skip.reason for skip in report.skipped}["lm_head"].startswith("its weight is tied")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+class Tied(torch.nn.Module):
+    """Two linear layers with one weight, neither of them an output head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(16, 16) for _ in range(3))
+        self.b.weight = self.a.weight
 
 
-def test_experts_are_reported():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config)
+def test_layers_that_share_a_weight_are_left_and_reported():
+    model = Tied()
     report = llmkern.patch(model, "rtn-int8")
-    experts = [skip for skip in report.skipped if "fused expert weights" in skip.reason]
-    assert len(experts) == 1
-    assert report.totals["coverage"] < 0.5
+    assert [row.name for row in report.rows] == ["c"]
+    assert {skip.name for skip in report.skipped if skip.reason.startswith("its weight is tied")} == {"a", "b"}
+    assert model.a.weight is model.b.weight
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert", "t5"])
+def test_a_tied_head_is_packed_on_request(kind):
+    model = tiny.MODELS[kind](**({"tie_word_embeddings": True} if kind == "llama" else {}))
+    ids, embeddings, head = tiny.token_ids(2), model.get_input_embeddings(), model.get_output_embeddings()
+    before, dense = tiny.output(kind, model, ids), embeddings.weight.clone()
+    report = llmkern.patch(model, "rtn-int8", ignore=())
+    packed = model.get_output_embeddings()
+    row = next(row for row in report.rows if model.get_submodule(row.name) is packed)
+    assert any(note.startswith("its weight was tied to that of ") for note in row.notes)
+    assert isinstance(packed, PackedLinear)
+    assert torch.equal(embeddings.weight, dense)
+    assert 0 < (tiny.output(kind, model, ids) - before).norm() < 0.05 * before.norm()
+    llmkern.unpatch(model)
+    assert model.get_output_embeddings() is head
+    assert head.weight is embeddings.weight
+
+
+def test_a_model_that_is_a_linear_layer_has_no_place_for_another():
+    with pytest.raises(ValueError, match="itself a linear layer"):
+        llmkern.patch(torch.nn.Linear(8, 8), "rtn-int8")
+
+
+def test_modules_with_a_weight_in_a_forward_of_their_own_are_reported():
+    model = torch.nn.ModuleDict({
+        "attention": torch.nn.MultiheadAttention(16, 2), "lstm": torch.nn.LSTM(16, 16),
+        "bilinear": torch.nn.Bilinear(4, 4, 4), "linear": torch.nn.Linear(16, 16), "conv": torch.nn.Conv1d(4, 4, 3),
+        "embedding": torch.nn.Embedding(8, 16), "norm": torch.nn.LayerNorm(16), "raw": torch.nn.Module(),
+    })  # fmt: skip
+    for name in ("w1", "position_embeddings", "class_token", "relative_bias"):
+        size = (1, 1, 8) if name == "class_token" else (6, 8)
+        model["raw"].register_parameter(name, torch.nn.Parameter(torch.randn(size)))
+    report = llmkern.patch(model, "rtn-int8")
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    assert reasons.keys() == {"attention", "attention.out_proj", "lstm", "bilinear", "raw"}
+    assert (
+        reasons["attention"] == "MultiheadAttention multiplies with its weight in a forward of its own (as routers do)"
+    )
+    assert "a subclass of nn.Linear" in reasons["attention.out_proj"]
+    assert "does not say how it is laid out" in reasons["bilinear"]
+    sizes = {skip.name: skip.bytes for skip in report.skipped}
+    assert sizes["attention"] == 4 * 48 * 16
+    assert sizes["raw"] == 4 * 6 * 8
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("mask", [False, True])
+def test_torch_s_own_encoder_runs_on_packed_layers(mask):
+    """Its layers hand their weights to one fused kernel where they can."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model, x = torch.nn.TransformerEncoder(layer, 2).eval(), torch.randn(3, 5, 32)
+    padding = {"src_key_padding_mask": torch.arange(5) > torch.tensor([[4], [3], [2]])} if mask else {}
+    counts = ~padding.get("src_key_padding_mask", torch.zeros(3, 5, dtype=torch.bool))
+    with torch.no_grad():
+        before = model(x, **padding)
+        report = llmkern.patch(model, "rtn-int8")
+        after = model(x, **padding)
+    assert {row.name.split(".", 2)[2] for row in report.rows} == {"linear1", "linear2"}
+    error = (after - before)[counts].norm() / before[counts].norm()
+    assert 0 < error < 0.01
+    with pytest.raises(TypeError, match="linear: a packed layer has no dense weight"):
+        torch.nn.functional.linear(x, model.layers[0].linear1.weight)
+
+
+def test_a_layer_with_two_names_is_reported_once_with_both():
+    layer = torch.nn.Linear(16, 16)
+    model = torch.nn.ModuleDict({"a": layer, "b": layer, "c": torch.nn.Linear(16, 16)})
+    report = llmkern.patch(model, "rtn-int8", targets=["b"])  # either name will do
+    assert [row.name for row in report.rows] == ["a"]
+    assert report.rows[0].notes[-1] == "the same module is also b, replaced with it"
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], PackedLinear)
 
 
 @pytest.mark.parametrize(

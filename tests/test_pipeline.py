@@ -1,9 +1,11 @@
+import weakref
+
 import pytest
 import tiny
 import torch
 
 import llmkern
-from llmkern import patching
+from llmkern import patching, pipeline
 from llmkern.nn import PackedLinear, dense_weight, is_linear
 from llmkern.solvers import rtn
 
@@ -302,17 +304,29 @@ def test_a_device_is_where_blocks_run_and_not_where_the_model_stays():
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-def test_state_dir_is_not_silently_ignored(tmp_path):
-    with pytest.raises(NotImplementedError, match="state_dir"):
-        compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
-
-
 def test_activations_that_are_not_finite_name_the_layer():
     model = tiny.llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.o_proj.*non-finite"):
         compress(model, "gptq-int4-g32", tiny.token_ids())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mixtral"])
+def test_a_hessian_goes_when_its_layers_are_solved(kind, monkeypatch):
+    keep, seen, alive = pipeline.solve_and_keep, [], []
+
+    def record(caller, name, layer, hessian, recipe):
+        if all(other() is not hessian for other in seen):
+            alive.append(sum(other() is not None for other in seen))
+            seen.append(weakref.ref(hessian))
+        return keep(caller, name, layer, hessian, recipe)
+
+    monkeypatch.setattr(pipeline, "solve_and_keep", record)
+    data = [torch.randn(60, 32)] if kind == "mlp" else tiny.token_ids(20)
+    compress(getattr(tiny, kind)(), "gptq-int4-g16", data)
+    assert len(seen) > 1
+    assert set(alive) == {0}
 
 
 def test_an_error_in_the_middle_leaves_a_model_that_runs():

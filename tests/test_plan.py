@@ -63,7 +63,7 @@ def prune(module):
         module.weight[:, 3::4] = 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2", "opt", "bert", "t5", "albert"])
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_layers_are_those_of_the_report(kind):
     model = tiny.MODELS[kind]()
     plan = planning.plan(model, "rtn-int4-g32", rate=1e9)
@@ -76,6 +76,13 @@ def test_overrides_and_targets():
     model = tiny.llama(tie_word_embeddings=True)
     plan = planning.plan(model, recipe, rate=1e9)
     assert_agrees(plan, compressed(model, recipe))
+
+
+def test_a_tied_head_leaves_its_weight_to_the_embeddings():
+    recipe = llmkern.Recipe.parse("rtn-int4-g32", ignore=())
+    plan = planning.plan(tiny.llama(tie_word_embeddings=True), recipe, rate=1e9)
+    assert "lm_head" in {layer.name for layer in plan.layers}
+    assert_agrees(plan, compressed(tiny.llama(tie_word_embeddings=True), recipe))
 
 
 def test_what_the_weights_decide_is_not_guessed():

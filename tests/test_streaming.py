@@ -16,23 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import llmkern
 import llmkern_cli
-from llmkern import blocks, checkpoint, pipeline, streaming, weight_files
+from llmkern import blocks, checkpoint, experts, pipeline, streaming, weight_files
 from llmkern.nn import PackedLinear
 
 transformers = pytest.importorskip("transformers")
 
 
-def mixtral(**changes):
-    """In its files every expert is on its own; in the model they are one parameter."""
-    sizes = {
-        "vocab_size": tiny.VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_local_experts": 4,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**sizes, **changes})).eval()
-
-
-MODELS = {kind: tiny.MODELS[kind] for kind in ("llama", "gemma3", "gpt2", "opt")} | {"mixtral": mixtral}
+# In mixtral's files every expert is on its own, in the model they are one parameter; gpt_oss has them as one in both.
+MODELS = {kind: tiny.MODELS[kind] for kind in ("llama", "gemma3", "gpt2", "opt", "mixtral", "gpt_oss")}
 
 
 def save(folder, kind="llama", dtype=torch.float32, shard="60kB", **changes):
@@ -69,7 +60,7 @@ def test_the_model_is_the_loaded_one(kind, shard, tied, dtype, tmp_path):
         assert torch.equal(buffer, same)
     head, embeddings = got.get_output_embeddings(), got.get_input_embeddings()
     assert (head.weight is embeddings.weight) == tied
-    assert {p.dtype for p in got.parameters()} == {dtype}
+    assert [p.dtype for p in got.parameters()] == [p.dtype for p in wanted.parameters()]
 
 
 @pytest.mark.parametrize("recipe", ["gptq-int4-g32", "rtn-int8", "sparsegpt-2:4", "w8a8"])
@@ -194,6 +185,40 @@ def test_an_error_in_the_middle_leaves_a_model_that_runs(tmp_path):
     packed = sum(isinstance(layer, PackedLinear) for layer in model.modules())
     assert packed == 14
     assert tiny.output("llama", model, tiny.token_ids(2)).shape == (2, tiny.LENGTH, tiny.VOCABULARY)
+
+
+def test_a_mixture_is_compared_with_the_module_it_replaces(tmp_path, monkeypatch):
+    save(tmp_path, "mixtral")
+    monkeypatch.setattr(experts.Experts, "difference", lambda self: "the outputs differ by 3")
+    with pytest.raises(ValueError, match="MixtralExperts: the outputs differ by 3; load the whole model instead"):
+        compressed(llmkern.stream(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_streamed_run_goes_on_where_another_was_stopped(kind, tmp_path, monkeypatch):
+    """The state is that of the model, streamed or not."""
+    save(tmp_path / "m", kind)
+    whole = loaded(tmp_path / "m")
+    compressed(whole)
+    step = pipeline.Progress.step
+
+    def stop(self, name):
+        step(self, name)
+        if "layers.1.self_attn.o_proj" in name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Progress, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compressed(loaded(tmp_path / "m"), state_dir=tmp_path / "state")
+    model = llmkern.stream(tmp_path / "m")
+    report = compressed(model, state_dir=tmp_path / "state")
+    assert "resumed" in " ".join(report.notes)
+    for name, tensor in whole.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        got = streaming.parameter(module, leaf) if leaf in module._parameters else module._buffers[leaf]
+        assert torch.equal(got, tensor), name
 
 
 def test_a_cast_is_refused(tmp_path):

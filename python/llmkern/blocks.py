@@ -12,7 +12,7 @@ that break the assumption get their inputs by running the model up to them again
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmkern.experts import Experts
+from llmkern.listed_experts import ListedExperts
 from llmkern.nn import is_linear
 from llmkern.solvers import Hessian
 
@@ -168,11 +170,20 @@ class SharedInputs:
     """Hooks that collect one Hessian per distinct input of some linear layers, while a module runs.
 
     Layers that are handed the very same tensor (q, k and v; gate and up) share it. `rows`, set before a forward,
-    may hold a bool [batch, length] of the tokens to count; others (padding) are left out.
+    may hold a bool [batch, length] of the tokens to count; others (padding) are left out. mixtures: the mixtures of
+    experts that may run; with `everything` their layers see every token that counts, not only those routed to them.
     """
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, layers: dict[str, nn.Module], mixtures: Iterable[Experts | ListedExperts] = (), everything: bool = False
+    ) -> None:
         self.layers = layers
+        self.mixtures, self.everything = list(mixtures), everything
+        self.unmasked: set[str] = set()  # layers whose input `rows` did not fit, so that padding was counted
+        # The tokens of an expert are in no order that `rows` could tell; Experts leaves the others out itself.
+        self.routed = {layer for found in self.mixtures if isinstance(found, Experts) for layer in found.layers()}
+        listed = [found for found in self.mixtures if everything and isinstance(found, ListedExperts)]
+        self._replayed = {layer: found for found in listed for layer in found.layers()}
         self.tokens = dict.fromkeys(layers, 0)
         self.rows: Tensor | None = None
         self._leader: dict[str, str] = {}
@@ -180,20 +191,24 @@ class SharedInputs:
         self._seen: dict[tuple, tuple[str, Tensor]] = {}
         self._fresh: set[str] = set()  # leaders that first appeared in this forward
         self._order: list[str] = []  # calls of the first forward
-        self._last: str | None = None  # where later forwards may stop
+        self._last: str | None = None  # where later forwards may stop, if all other layers ran
+        self._ran: set[str] = set()  # layers that ran in this forward
 
     def forward(self, run: Callable[[], Any]) -> None:
         """Run one forward under the hooks. It ends at the last layer: what comes after it has nothing to tell."""
         hooks = (
             layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()
         )
-        with _hooks(hooks):
+        with _hooks(hooks), ExitStack() as stack:
+            for found in self.mixtures:
+                stack.enter_context(found.counting(self.everything, self.rows))
             stopped(run)
         if not self._last and len(self._order) == len(set(self._order)) == len(self.layers):
             self._last = self._order[-1]
         # Only now: as long as the inputs are held, no address can be used twice.
         self._seen.clear()
         self._fresh.clear()
+        self._ran.clear()
 
     def hessian(self, name: str) -> Hessian | None:
         """The Hessian of a layer's input; None if the layer never ran."""
@@ -212,15 +227,13 @@ class SharedInputs:
                 groups[leader].append(name)
         return groups
 
-    def drop(self, layers: Iterable[str]) -> None:
-        """Forget the Hessians of these layers: nobody else asks for them once they are solved."""
-        for name in layers:
-            self._hessians.pop(name, None)
-
     def _hook(self, name: str) -> Callable[..., None]:
         def see(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if layer in self._replayed and not self._replayed[layer].replaying:
+                return
             self._see(name, args[0] if args else next(iter(kwargs.values())))
-            if name == self._last:
+            self._ran.add(name)
+            if name == self._last and len(self._ran) == len(self.layers):
                 raise Stop
 
         return see
@@ -229,9 +242,7 @@ class SharedInputs:
         version = 0 if x.is_inference() else x._version
         key = (x.data_ptr(), version, x.shape, x.stride(), x.dtype)
         first, _ = self._seen.setdefault(key, (name, x))
-        kept = x
-        if self.rows is not None and x.shape[:2] == self.rows.shape:
-            kept = x[self.rows.to(x.device)]
+        kept = self._counted(name, x)
         self._order.append(name)
         self.tokens[name] += kept.numel() // max(kept.shape[-1], 1)
         if name not in self._leader:
@@ -247,6 +258,18 @@ class SharedInputs:
                 self._add(name, kept)
         elif first != leader:
             raise RuntimeError(f"{name} and {leader} shared their input in one batch, but not in every batch")
+
+    def _counted(self, name: str, x: Tensor) -> Tensor:
+        """The tokens of x [batch, length, K] or [batch * length, K] that count."""
+        rows = self.rows
+        if rows is None or self.layers[name] in self.routed or self.layers[name] in self._replayed:
+            return x
+        if x.ndim > 2 and x.shape[:2] == rows.shape:
+            return x[rows.to(x.device)]
+        if x.ndim == 2 and len(x) == rows.numel():
+            return x[rows.reshape(-1).to(x.device)]
+        self.unmasked.add(name)
+        return x
 
     def _add(self, name: str, x: Tensor) -> None:
         try:

@@ -26,7 +26,8 @@ def calls_of(model: nn.Module, calibration: Any) -> list[Call]:
         if calibration.ndim != 2:
             raise ValueError(f"compress: calibration token ids must be [n, L], got {list(calibration.shape)}")
         if calibration.is_floating_point() or calibration.dtype == torch.bool:
-            raise TypeError(f"compress: calibration token ids must be integers, got {calibration.dtype}")
+            got = f"got {calibration.dtype} (other inputs: a list of batches, or a callable that runs the model)"
+            raise TypeError(f"compress: calibration token ids must be integers, {got}")
         calls = [Call((ids,), {}) for ids in calibration.split(BATCH)] if calibration.numel() else []
     elif callable(calibration):
         calls = _record(model, calibration)

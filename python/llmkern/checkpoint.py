@@ -19,18 +19,20 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkern import streaming
+from llmkern import expert_tensors, experts, streaming
+from llmkern._files import flush
 from llmkern._version import __version__
 from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
-from llmkern.patching import swap
+from llmkern.patching import swap_all
 from llmkern.report import Report
 from llmkern.weight_files import parameters_on_meta
 from llmkern.weight_writer import Later, write
@@ -60,9 +62,29 @@ def save(
         raise TypeError(f"save: {type(model).__name__} has no transformers config; only transformers models are saved")
     path = Path(path)
     refuse_foreign(path)
-    tensors, extra, layers, quantization = _encode_layers(model, format)
+    tensors, extra, layers, schemes, unread = _encode_layers(model, format)
     rest, tied = _other_tensors(model)
     tensors |= rest
+    by_expert = expert_tensors.fuse(tensors, experts.mixtures(model))
+    if by_expert and not schemes:  # a scheme of no codes: without any, nothing would tell readers to keep off
+        schemes = [(name, None, None) for name in layers]
+    if by_expert and format == "gptq":
+        raise ValueError(
+            f"save: {by_expert[0]}: gptq: no reader knows experts of a 3-D parameter; use compressed-tensors"
+        )
+    for home in by_expert:
+        inside = (name for name in layers if name.startswith(f"{home}."))
+        unread |= dict.fromkeys(inside, "it is an expert, of which the model's own code knows only a 3-D parameter")
+    config = _config(model)
+    head = _untied_head(model)
+    if head and not tied and not config.get("is_encoder_decoder"):
+        config["tie_word_embeddings"] = False
+    elif head:  # the key also says what else is tied, or scales what T5's head gets
+        unread[head] = "its weight was tied to the embeddings, as config.json still says"
+    standard = not by_expert and not any(layers[name]["conv1d"] for name, _, _ in schemes)
+    if (quantization := _quantization(model, format, schemes, standard)) is not None:
+        config["quantization_config"] = quantization
+    _warn_of(unread)
     meta = {
         "format_version": FORMAT_VERSION,
         "llmkern": __version__,
@@ -73,11 +95,10 @@ def save(
         "layers": layers,
     }
     with _whole_folder(path) as folder:
-        _write_config(model, folder, quantization)
-        about = {"format": "pt", "llmkern": __version__}
-        write(folder / WEIGHTS, tensors, about)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write(folder / WEIGHTS, tensors, {"format": "pt"})
         if extra:
-            write(folder / EXTRA, extra, about)
+            write(folder / EXTRA, extra, {"format": "pt"})
         if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         if tokenizer is not None:
@@ -103,8 +124,14 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
     tensors = _read_tensors(folder / WEIGHTS, device)
     extra = _read_tensors(folder / EXTRA, device) if (folder / EXTRA).exists() else {}
     decode = gptq_checkpoint.decode if meta["format"] == "gptq" else ct.decode
-    for name, entry in meta["layers"].items():
-        _restore_layer(model, name, entry, tensors, extra, decode)
+    # A mixture of which a layer was packed was saved as `Experts`: its layers have names of their own.
+    homes = {parent for name in meta["layers"] for parent in accumulate(name.split("."), "{}.{}".format)}
+    with experts.unfused(model, only=homes.__contains__):
+        expert_tensors.split(tensors, experts.mixtures(model))
+        swap_all(model, {
+            name: _restore_layer(model, name, entry, tensors, extra, decode, meta["tied"])
+            for name, entry in meta["layers"].items()
+        })  # fmt: skip
     if extra:
         raise ValueError(f"load: {EXTRA} holds unknown tensors: {_some(extra)}")
     _restore_rest(model, tensors, meta["tied"])
@@ -121,12 +148,17 @@ def refuse_foreign(path: Path) -> None:
         raise FileExistsError(f"save: {path} exists and was not written by llmkern (no {META}); choose another folder")
 
 
-def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, dict | None]:
-    """Tensors, extra tensors, the entries of llmkern.json, and the quantization_config, if any."""
+Schemes = list[tuple[str, dict[str, Any] | None, str | None]]
+
+
+def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Schemes, dict[str, str]]:
+    """Tensors, extra tensors, the entries of llmkern.json, (layer, scheme, activations) of those with codes, and why
+    other readers cannot read some.
+    """
     tensors: dict[str, Tensor | Later] = {}
     extra: dict[str, Tensor | Later] = {}
     layers: dict[str, Any] = {}
-    schemes: list[tuple[str, dict[str, Any], str | None]] = []
+    schemes: Schemes = []
     unread: dict[str, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, PackedLinear):
@@ -157,24 +189,7 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, dic
             "conv1d": layer.conv1d,
             "method": layer.method,
         }
-    if unread:
-        name, reason = next(iter(unread.items()))
-        warnings.warn(
-            f"save: llmkern.load reads this folder, other readers cannot: {len(unread)} layers, as {name}: {reason}",
-            stacklevel=3,
-        )
-    if not schemes:
-        return tensors, extra, layers, None
-    if format == "gptq":
-        return tensors, extra, layers, gptq_checkpoint.quantization_config([scheme for _, scheme, _ in schemes])
-    coded = {name for name, _, _ in schemes}
-    conv1d = any(layers[name]["conv1d"] for name in coded)
-    ignore = [
-        name
-        for name, module in model.named_modules()
-        if (is_linear(module) or isinstance(module, PackedLinear)) and name not in coded
-    ]
-    return tensors, extra, layers, ct.quantization_config(_group(schemes), ignore, standard=not conv1d)
+    return tensors, extra, layers, schemes, unread
 
 
 def _encode(layer: PackedLinear, format: str) -> ct.Stored:
@@ -200,8 +215,33 @@ def _or_later(tensor: Tensor, layer: PackedLinear, format: str, key: str) -> Ten
     return Later(tensor.dtype, tensor.shape, lambda: _encode(layer, format).tensors[key])
 
 
-def _group(schemes: list[tuple[str, dict[str, Any], str | None]]) -> list[tuple[dict[str, Any], str | None, list[str]]]:
-    groups: dict[str, tuple[dict[str, Any], str | None, list[str]]] = {}
+def _warn_of(unread: dict[str, str]) -> None:
+    """Say which layers other readers cannot read."""
+    if unread:
+        name, reason = next(iter(unread.items()))
+        warnings.warn(
+            f"save: llmkern.load reads this folder, other readers cannot: {len(unread)} layers, as {name}: {reason}",
+            stacklevel=3,
+        )
+
+
+def _quantization(model: nn.Module, format: str, schemes: Schemes, standard: bool) -> dict[str, Any] | None:
+    """The quantization_config; None if every reader of dense models can read this one."""
+    if not schemes and standard:
+        return None
+    if format == "gptq":
+        return gptq_checkpoint.quantization_config([scheme for _, scheme, _ in schemes if scheme])
+    coded = {name for name, _, _ in schemes}
+    ignore = [
+        name
+        for name, module in model.named_modules()
+        if (is_linear(module) or isinstance(module, PackedLinear)) and name not in coded
+    ]
+    return ct.quantization_config(_group(schemes), ignore, standard=standard)
+
+
+def _group(schemes: Schemes) -> list[tuple[dict[str, Any] | None, str | None, list[str]]]:
+    groups: dict[str, tuple[dict[str, Any] | None, str | None, list[str]]] = {}
     for name, scheme, activations in schemes:
         key = json.dumps([scheme, activations])
         groups.setdefault(key, (scheme, activations, []))[2].append(name)
@@ -237,14 +277,20 @@ def _packed_names(model: nn.Module) -> set[str]:
     }
 
 
-def _write_config(model: nn.Module, folder: Path, quantization: dict[str, Any] | None) -> None:
+def _config(model: nn.Module) -> dict[str, Any]:
+    """The model's config.json."""
     config = json.loads(model.config.to_json_string(use_diff=True))  # type: ignore[union-attr, operator]
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(_model_dtype(model)).removeprefix("torch.")
     config.pop("quantization_config", None)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return config
+
+
+def _untied_head(model: nn.Module) -> str | None:
+    """The packed output head of a model whose configuration says that it shares the weight of the embeddings."""
+    tied = getattr(model.config, "tie_word_embeddings", False)  # no key in the file where it is the class's default
+    head = model.get_output_embeddings() if tied else None  # type: ignore[operator]
+    return next((name for name, m in model.named_modules() if m is head and isinstance(m, PackedLinear)), None)
 
 
 def _model_dtype(model: nn.Module) -> torch.dtype:
@@ -262,8 +308,8 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         yield folder
         folder.chmod(0o755)
         for file in folder.iterdir():
-            _flush(file)
-        _flush(folder)
+            flush(file)
+        flush(folder)
         if path.exists():
             old = folder.with_name(folder.name + "-old")
             path.rename(old)
@@ -271,7 +317,7 @@ def _whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             folder.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -292,15 +338,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _flush(path: Path) -> None:
-    """To the disk, not only to the system's memory: a rename must not outlive what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -363,9 +400,9 @@ def _skeleton(folder: Path, class_name: str) -> Any:
 
 def _restore_layer(
     model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor], extra: dict[str, Tensor],
-    decode: Callable[..., PackedWeight],
-) -> None:  # fmt: skip
-    """Put the packed layer `name` in its place; its tensors are taken out of `tensors` and `extra`."""
+    decode: Callable[..., PackedWeight], tied: dict[str, str],
+) -> PackedLinear:  # fmt: skip
+    """The packed layer `name`; its tensors are taken out of `tensors` and `extra`."""
     kind, shape, group_size, activations = _entry(name, entry)
     try:
         dense = model.get_submodule(name)
@@ -378,6 +415,8 @@ def _restore_layer(
         raise ValueError(f"load: layer {name} is {list(shape)} in {META}, but {list(wanted)} in the model")
     own = _take(tensors, name)
     bias = own.pop("bias", None)
+    if f"{name}.bias" in tied:
+        bias = dense.get_parameter("bias")  # without values: they are another parameter's
     if "weight" in own and "weight_scale" not in own and is_conv1d(dense):
         own["weight"] = own["weight"].T.contiguous()
     if (bias is None) != (dense.bias is None):
@@ -387,12 +426,11 @@ def _restore_layer(
     try:
         packed = decode(kind, own, _take(extra, name), shape=shape, group_size=group_size)
         parameter = None if bias is None else nn.Parameter(bias)
-        layer = PackedLinear(
+        return PackedLinear(
             packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", ""))
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"load: layer {name}: {error}") from None
-    swap(model, name, layer)
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, str | None]:
@@ -431,9 +469,10 @@ def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     model.load_state_dict(tensors, strict=False, assign=True)
     for name, source in tied.items():
         owner, _, key = name.rpartition(".")
-        if source not in tensors:
-            raise ValueError(f"load: {META} ties {name} to {source}, which {WEIGHTS} does not hold")
-        model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+        try:
+            model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+        except AttributeError:
+            raise ValueError(f"load: {META} ties {name} to {source}, which the model does not have") from None
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise ValueError(f"load: no values for {_some(empty)}")

@@ -32,6 +32,23 @@ TENSORS = {
 }
 
 
+class NoWeight:
+    """What a packed layer has in the place of its dense weight: no tensor, and an error for functions that take it.
+
+    T5 asks whether `wo.weight` is a tensor. torch's encoder hands `linear1.weight` to a fused kernel, unless it is
+    something that torch's functions do not simply compute with; then it calls the layer.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """TypeError for any function of torch."""
+        raise TypeError(f"{getattr(func, '__name__', func)}: a packed layer has no dense weight; see its unpack()")
+
+
+# On every module inside a block that is read from files when it is needed: that block (`llmkern.streaming`).
+BLOCK_MARK = "_llmkern_block"
+
+
 class PackedLinear(nn.Module):
     """y = x @ Wᵀ + bias with W [N, K] in a packed format; x [..., K] fp32, bf16 or fp16.
 
@@ -43,8 +60,7 @@ class PackedLinear(nn.Module):
     The bias is the parameter it was. Gradients flow to x and the bias, never to the weight.
     """
 
-    # No dense weight is kept; T5 asks for `wo.weight` and must find something that is no tensor. See `unpack`.
-    weight = None
+    weight = NoWeight()  # no dense weight is kept; see `unpack`
     bias: nn.Parameter | None
 
     def __init__(

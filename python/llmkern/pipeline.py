@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,28 +15,41 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkern import blocks
+from llmkern import blocks, experts, listed_experts
 from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
+from llmkern.distributed import Group, team
+from llmkern.experts import Experts
+from llmkern.fingerprint import fingerprint
+from llmkern.listed_experts import ListedExperts
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
-from llmkern.patching import choose, solve_and_keep, swap
+from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
+from llmkern.solved import Solved, decode
+from llmkern.stages import split, stages
+from llmkern.state import NoState, State
 from llmkern.streaming import held, is_streamed
 
-# Distinct inputs of a block up to which they are taken one after the other.
-MAX_STAGES = 8
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
+# Dense bytes of the layers that one part of a state holds where there are no blocks: fewer are not worth the flushing.
+PART_BYTES = 256 << 20
+SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
+NO_NOTES: Mapping[str, str] = MappingProxyType({})
+REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
+# Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
+SWAPS = 64
+UNMASKED = "its input is not laid out as the attention_mask: tokens of padding counted too"
 
 
 def compress(
     model: nn.Module, recipe: str | Recipe, calibration: Calibration | None = None, *,
-    device: torch.device | str | None = None, state_dir: str | Path | None = None, progress: bool = True,
-    activation_budget: int | None = None,
+    device: torch.device | str | None = None, state_dir: str | Path | None = None, strict: bool = False,
+    progress: bool = True, activation_budget: int | None = None,
 ) -> Report:  # fmt: skip
     """Compress the linear layers of `model` in place, as `recipe` says, and report on every one.
 
@@ -43,29 +59,52 @@ def compress(
     it is otherwise. progress: a bar on stderr. activation_budget: bytes of hidden states that stay in memory between
     blocks, those beyond it go to a temporary file; None is a quarter of the memory that is available.
 
+    state_dir: a folder in which every finished block becomes durable. The same call on the dense model, after the
+    process was killed, goes on from there, and the result is the same bit for bit; the folder of another model, recipe,
+    calibration or version is refused (see `llmkern.state.State` for all it raises). It stays when the run is over:
+    delete it once the model is saved. strict: what the report calls a problem of a layer is an error before the layer
+    is replaced.
+
+    In an initialized process group of several ranks, all of them call this with the same arguments, share the work
+    (`llmkern.distributed`), and end up with the same model; state_dir is read and written by rank 0 alone.
+    A mixture of experts with 3-D parameters becomes `llmkern.experts.Experts`: every expert's matrices are layers of
+    their own, calibrated from the tokens that are routed to the expert, or from all with `Recipe(experts="all")`. A row
+    of the report says when a layer saw fewer tokens than it has input features.
+
     Raises ValueError: no calibration tokens, a layer that saw none, activations that are not finite (the layer is
     named), a pattern that matches nothing, a model that is compressed already, or what a solver refuses. Layers
-    replaced before the error stay replaced, the message counts them, and the model still runs.
+    replaced before the error stay replaced, the message counts them, and the model still runs. RuntimeError: another
+    rank is gone.
     """
     recipe = Recipe.parse(recipe)
-    if state_dir is not None:
-        raise NotImplementedError("compress: state_dir (resume) is not implemented yet; leave it out")
     start, before = time.perf_counter(), model_bytes(model)
     report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
     if recipe.method == "cast":
         if is_streamed(model):
             raise ValueError(f"compress: {recipe} changes the whole model, so it cannot be streamed; load it whole")
         _cast(model, recipe, report)
+        if state_dir is not None:
+            report.notes.append(f"{recipe} is done at once: state_dir was not used")
     else:
-        chosen, report.skipped = choose(model, recipe, "compress")
-        run = _Run(model, chosen, report, device, progress, activation_budget)
-        with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
-            if any(wanted.needs_calibration for wanted in chosen.values()):
-                run.calibrated(calls_of(model, calibration))
-            else:
-                run.data_free()
-                if calibration is not None:
+        with experts.unfused(model):
+            chosen, report.skipped = choose(model, recipe, "compress")
+            notes = notes_on(model, chosen)
+            experts.settle(model, busy={model.get_submodule(name) for name in chosen})
+            run = _Run(model, chosen, report, device, strict, progress, activation_budget, recipe.experts == "all")
+            needs_data = any(wanted.needs_calibration for wanted in chosen.values())
+            with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
+                batches = calls_of(model, calibration) if needs_data else []
+                with closing(run.open(recipe, batches, state_dir)):
+                    if needs_data:
+                        run.calibrated(batches)
+                    else:
+                        run.data_free()
+                if calibration is not None and not needs_data:
                     report.notes.append(f"{recipe} needs no data: the calibration was not used")
+            if recipe.experts == "all" and not run.found_mixtures:
+                report.notes.append('experts="all" changed nothing: no mixture of experts ran during calibration')
+            report.annotate(notes)
+            report.note_few_tokens()
     report.model_bytes_after = model_bytes(model)
     report.seconds = time.perf_counter() - start
     return report
@@ -75,22 +114,57 @@ class _Run:
     """One compression: the model, what each layer gets, and the report that grows."""
 
     def __init__(
-        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, progress: bool,
-        activation_budget: int | None,
+        self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, strict: bool, progress: bool,
+        activation_budget: int | None, everything: bool,
     ) -> None:  # fmt: skip
-        self.model, self.chosen, self.report = model, chosen, report
-        self.activation_budget = activation_budget
+        self.model, self.chosen, self.report, self.strict = model, chosen, report, strict
+        self.everything, self.activation_budget = everything, activation_budget
         self.device = None if device is None else torch.device(device)
-        self.bar = Progress(report.recipe, len(chosen), progress)
-        self.batches: list[Call] = []
+        self.team = team(model)
+        self.bar = Progress(report.recipe, len(chosen), progress and self.team.rank == 0)
+        self.state: State | NoState = NoState()
+        self.done: frozenset[str] = frozenset()  # parts of the state
+        self.batches: list[Call] = []  # this rank's
+        self.shared: set[str] = set()  # layers that are one module in several blocks
+        self.unmasked: set[str] = set()  # layers whose padding counted
+        self.found_mixtures = False
+
+    def open(self, recipe: Recipe, batches: list[Call], folder: str | Path | None) -> State | NoState:
+        """The state to close at the end; what is in it already will not be solved again."""
+
+        @cache
+        def about() -> dict[str, Any]:
+            return fingerprint(self.model, recipe, batches, self.device, values=folder is not None)
+
+        def start() -> tuple[tuple[str, ...], tuple[str, ...]]:
+            if folder is not None:
+                self.state = State(folder, about(), self.team.size)
+            return self.state.parts, self.state.notes
+
+        self.team.check_same(about)
+        parts, notes = self.team.from_first(start)
+        self.done = frozenset(parts)
+        self.report.notes += notes
+        if self.team.size > 1:
+            if is_streamed(self.model):
+                raise ValueError("compress: several ranks cannot share a streamed model; load it whole, or use one")
+            self.report.notes.append(f"calibrated and solved on {self.team.size} ranks")
+        return self.state
 
     def data_free(self) -> None:
+        parts: list[list[str]] = [[]]
+        size = 0
         for name in self.chosen:
-            self._replace({name: self.model.get_submodule(name)}, None)
+            if size >= PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(name)
+            size += dense_weight(self.model.get_submodule(name)).nbytes
+        self._replace(self.team.data_free(parts), needs_data=False)
 
     def calibrated(self, batches: list[Call]) -> None:
         """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
-        self.batches = batches
+        self.batches = self.team.share(batches)
         self.report.tokens = sum(map(count_tokens, batches))
         first = batches[0]
         if len(first.args) == 1 and not first.kwargs:
@@ -101,39 +175,43 @@ class _Run:
             done |= self._chain(chain)
         rest = {name: self.model.get_submodule(name) for name in self.chosen if name not in done}
         if rest:
-            shared = SharedInputs(rest)
-            for batch in batches:
-                shared.rows = rows_that_count(self.model, batch)
-                self._collect(shared, self._bound(self.model, batch))
+            mixtures = self._mixtures(self.model, self._bound(self.model, first))
+            groups = self._groups(rest, mixtures, ((self.model, batch) for batch in self.batches))
             inside = tuple(block + "." for block in irregular)
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
-            for layers in _groups(shared, rest):
-                self._replace(layers, shared, notes)
-                shared.drop(layers)
+            notes |= dict.fromkeys(self.shared & rest.keys(), SHARED)
+            self._replace(groups, notes)
 
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
         count = len(chain.blocks)
-        names = [
-            [name for name in blocks.linears(block, prefix) if name in self.chosen]
-            for block, prefix in zip(chain.blocks, chain.names, strict=True)
-        ]
+        found_in = [blocks.linears(block, prefix) for block, prefix in zip(chain.blocks, chain.names, strict=True)]
+        times = Counter(id(layer) for found in found_in for layer in found.values())
+        self.shared |= {name for found in found_in for name, layer in found.items() if times[id(layer)] > 1}
+        names = [[name for name in found if name in self.chosen and name not in self.shared] for found in found_in]
+        del found_in  # dense layers go when they are replaced
         last = max((k for k in range(count) if names[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
-        frames: list[dict[int, Call]] = []
-        with Store(self.activation_budget) as hidden:
+        durable = next((k for k in range(last + 1) if names[k] and chain.names[k] not in self.done), last + 1)
+        if durable > last:
             for k in range(last + 1):
-                if k == 0 or not chain.follows[k]:
-                    entered = self._enter(chain, [k] if k else kinds, hidden)
-                    frames = frames or entered
-                    own = [frame[k] for frame in entered]
-                else:
-                    own = [frame[chain.kind[k]] for frame in frames]
+                self._skip(chain, k, names[k])
+            return {name for found in names for name in found}
+        # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
+        first = max(k for k in range(durable + 1) if not chain.follows[k])
+        with Store(self.activation_budget) as hidden:
+            frames = self._enter(chain, kinds, hidden)
+            for k in range(last + 1):
+                if k < first:
+                    self._skip(chain, k, names[k])
+                    continue
+                own = [frame[chain.kind[k]] for frame in frames] if chain.follows[k] or not k else []
+                if not own:
+                    own = [frame[k] for frame in self._enter(chain, [k], hidden)]
                 feeds_next = k < last and chain.follows[k + 1]
-                # Looked up now, and not kept: the dense layers go when they are replaced.
                 layers = {name: self.model.get_submodule(name) for name in names[k]}
                 with held(chain.blocks[k]):
-                    self._block(chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next)
+                    self._block(chain.names[k], chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next)
         return {name for found in names for name in found}
 
     def _enter(self, chain: Chain, which: list[int], hidden: Store) -> list[dict[int, Call]]:
@@ -148,77 +226,177 @@ class _Run:
             frames.append(found)
         return frames
 
-    def _block(self, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool) -> None:
+    def _skip(self, chain: Chain, k: int, names: list[str]) -> None:
+        """Put the packed layers of a finished block in place, whose outputs nobody needs."""
+        self._swap(self._restored(chain.names[k], names))
+        experts.settle(chain.blocks[k])
+
+    def _block(self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool) -> None:
         """Compress one block on these calls; with `feeds_next`, what it hands on takes the place of its inputs."""
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         device = self.device or home
         block.to(device)
-        pending: dict[str, PackedLinear] = {}
-        for stage in self._stages(block, layers, move_call(calls[0], device)):
-            shared = SharedInputs(stage)
-            for batch, call in zip(self.batches, calls, strict=True):
-                shared.rows = rows_that_count(self.model, batch)
-                self._collect(shared, self._bound(block, move_call(call, device)))
-            for group in _groups(shared, stage):
-                pending |= self._solve(group, shared)
-                shared.drop(group)
+        if part in self.done:
+            solved = self._run_dense(self._restored(part, layers))
+        else:
+            solved = {}
+
+            def first() -> Any:
+                args, kwargs = move_call(calls[0], device)
+                return block(*args, **kwargs)
+
+            mixtures = self._mixtures(block, first) if layers else []
+            for stage in self._stages(layers, first, mixtures):
+                groups = self._groups(stage, mixtures, ((block, move_call(call, device)) for call in calls))
+                for found in self._solve(groups):
+                    solved |= self._run_dense(found)
+            self._keep(part, solved)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
-        for name, packed in pending.items():
-            if packed.activations:
-                swap(self.model, name, packed)
+        self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
         if feeds_next:
             for at, call in enumerate(calls):
                 args, kwargs = move_call(call, device)
                 calls.hidden.put(at, move(blocks.hidden_state(block(*args, **kwargs)), home))
-        for name, packed in pending.items():
-            if not packed.activations:
-                swap(self.model, name, packed)
+        self._swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
+        experts.settle(block)
         block.to(home)
 
-    def _stages(self, block: nn.Module, layers: dict[str, nn.Module], first: Call) -> list[dict[str, nn.Module]]:
+    def _stages(
+        self, layers: dict[str, nn.Module], first: Callable[[], Any], mixtures: list[Experts | ListedExperts]
+    ) -> list[dict[str, nn.Module]]:
         """The block's layers in the order of their inputs, each stage on inputs from the stages solved before it.
 
         A forward ends at its stage's last layer, so four stages (q/k/v, o, gate/up, down) cost about half a forward
-        more than one. A block of many inputs (experts), or of layers that the first batch leaves out, is one stage.
+        more than one.
         """
         if not layers:
             return []
-        probe = SharedInputs(layers)
-        self._collect(probe, self._bound(block, first))
-        stages = [{name: layers[name] for name in group} for group in probe.shared_by().values()]
-        complete = sum(map(len, stages)) == len(layers)
-        return stages if complete and len(stages) <= MAX_STAGES else [layers]
+
+        def probe() -> list[list[str]]:
+            shared = SharedInputs(layers, mixtures, self.everything)
+            self._collect(shared, first)
+            return list(shared.shared_by().values())
+
+        groups = self.team.from_first(probe)
+        routed = SharedInputs(layers, mixtures).routed
+        features = {name: dense_weight(layer).shape[1] for name, layer in layers.items()}
+        found = stages(list(layers), groups, {name for name, layer in layers.items() if layer in routed})
+        return [{name: layers[name] for name in part} for stage in found for part in split(stage, groups, features)]
+
+    def _mixtures(self, module: nn.Module, first: Callable[[], Any]) -> list[Experts | ListedExperts]:
+        """The mixtures of experts inside a module that `first` runs; lists of experts only where it matters."""
+        found: list[Experts | ListedExperts] = [*experts.mixtures(module).values()]
+        if self.everything:
+            names = {part: name for name, part in module.named_modules()}
+
+            def look() -> list[tuple[str, list[str]]]:
+                return [(names[f.around], [names[e] for e in f.experts]) for f in listed_experts.find(module, first)]
+
+            for around, members in self.team.from_first(look):
+                found.append(ListedExperts(module.get_submodule(around), map(module.get_submodule, members)))
+        self.found_mixtures |= bool(found)
+        return found
+
+    def _groups(
+        self,
+        layers: dict[str, nn.Module],
+        mixtures: list[Experts | ListedExperts],
+        runs: Iterable[tuple[nn.Module, Call]],
+    ) -> list[Group]:
+        """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch."""
+        shared = SharedInputs(layers, mixtures, self.everything)
+
+        def collect() -> list[str]:
+            for batch, (module, call) in zip(self.batches, runs, strict=True):
+                shared.rows = rows_that_count(self.model, batch)
+                self._collect(shared, self._bound(module, call))
+            return sorted(shared.unmasked)
+
+        self.unmasked.update(*self.team.each(collect))
+        return self.team.groups(shared)
 
     def _solve(
-        self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = MappingProxyType({})
-    ) -> dict[str, PackedLinear]:
-        """Solve the layers of one input. Their dense weights become the solutions; the packed layers are returned."""
-        pending = {}
-        for name, layer in layers.items():
-            hessian = None
-            if shared is not None:
-                hessian = shared.hessian(name)
-                if hessian is None or not hessian.tokens:
-                    raise ValueError(
-                        f"compress: layer {name} saw no calibration tokens; give data that reaches it or ignore it"
-                    )
-            with held(layer):
-                packed, row, solution = solve_and_keep("compress", name, layer, hessian, self.chosen[name])
-                if shared is not None:
-                    layer.weight.copy_(solution.weight.T if is_conv1d(layer) else solution.weight)  # type: ignore[operator]
-            if name in notes:
-                row.notes = (*row.notes, notes[name])
-            pending[name] = packed
-            self.report.rows.append(row)
-            self.bar.step(name)
-        return pending
+        self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True
+    ) -> Iterator[dict[str, Solved]]:
+        """Solve these groups, one after the other; nothing is put in place yet."""
 
-    def _replace(
-        self, layers: dict[str, nn.Module], shared: SharedInputs | None, notes: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        for name, packed in self._solve(layers, shared, notes).items():
-            swap(self.model, name, packed)
+        def solve(group: Group) -> dict[str, Solved]:
+            solved = {}
+            for name in group.names:
+                layer = self.model.get_submodule(name)
+                if needs_data and (group.hessian is None or not group.hessian.tokens):
+                    raise ValueError(f"compress: layer {name} saw no calibration tokens; {REMEDIES}")
+                with held(layer):
+                    packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, self.chosen[name])
+                if needs_data and row.tokens < packed.in_features:
+                    row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")
+                if name in self.unmasked:
+                    row.notes = (*row.notes, UNMASKED)
+                if name in notes:
+                    row.notes = (*row.notes, notes[name])
+                solved[name] = Solved(packed, row, solution.weight if needs_data else None)
+            return solved
+
+        for solved in self.team.solve(groups, solve):
+            self._take(solved)
+            yield solved
+
+    def _take(self, solved: dict[str, Solved]) -> None:
+        """Into the report."""
+        for name, layer in solved.items():
+            if self.strict and layer.row.problems:
+                raise ValueError(f"compress: layer {name}: {'; '.join(layer.row.problems)} (strict)")
+            self.report.rows.append(layer.row)
+            self.bar.step(name)
+
+    def _run_dense(self, solved: dict[str, Solved]) -> dict[str, Solved]:
+        """Give the dense layers the values of their solutions, which are then not kept a second time."""
+        for name, layer in solved.items():
+            dense, values = self.model.get_submodule(name), layer.values()
+            dense.weight.copy_(values.T if is_conv1d(dense) else values)  # type: ignore[operator]
+        return {name: replace(layer, dense=None) for name, layer in solved.items()}
+
+    def _replace(self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True) -> None:
+        """Solve these groups, each a part of the state, and put their packed layers in place.
+
+        Dense weights stay: nothing runs them, and that of a tied head is the embeddings' too.
+        """
+        todo = []
+        while groups:  # a list that nobody empties would keep the Hessians
+            group = groups.pop(0)
+            part = group.names[0]
+            if part in self.done:
+                self._swap(self._restored(part, group.names))
+            else:
+                todo.append(group)
+        for solved in self._solve(todo, notes, needs_data):
+            self._keep(next(iter(solved)), solved)
+            self._swap(solved)
+
+    def _keep(self, part: str, solved: dict[str, Solved]) -> None:
+        """Make a part durable, where there is a state."""
+        if solved:
+            self.team.from_first(lambda: self.state.write(part, solved))
+
+    def _restored(self, part: str, names: Iterable[str]) -> dict[str, Solved]:
+        """The layers of a part that is in the state."""
+        layers = {name: self.model.get_submodule(name) for name in names}
+        if not layers:
+            return {}
+        data = self.team.from_first(lambda: self.state.read(part))
+        try:
+            with ExitStack() as biases:
+                for layer in layers.values():
+                    biases.enter_context(held(layer))
+                solved = decode(data, layers)
+        except ValueError as error:
+            raise ValueError(f"compress: part {part} of the state: {error}") from None
+        self._take(solved)
+        return solved
+
+    def _swap(self, solved: dict[str, Solved]) -> None:
+        swap_all(self.model, {name: layer.packed for name, layer in solved.items()})
 
     def _collect(self, shared: SharedInputs, run: Callable[[], Any]) -> None:
         try:
@@ -232,31 +410,26 @@ class _Run:
 
     @contextmanager
     def errors_count_layers(self) -> Iterator[None]:
-        """Errors say how many layers are replaced already."""
+        """Errors say how many layers are replaced already, and what a state has of them."""
         try:
             yield
         except (ValueError, TypeError, RuntimeError) as error:
             if not self.report.rows:
                 raise
             done = f"{len(self.report.rows)} of {len(self.chosen)} layers are changed already; the model still runs"
-            raise type(error)(f"{error} ({done})") from error
-
-
-def _groups(shared: SharedInputs, layers: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """The layers of each input, those that never ran last."""
-    groups = list(shared.shared_by().values())
-    ran = {name for group in groups for name in group}
-    for group in [*groups, [name for name in layers if name not in ran]]:
-        if group:
-            yield {name: layers[name] for name in group}
+            advice = f"; {self.state.advice}" if self.state.advice else ""
+            raise type(error)(f"{error} ({done}{advice})") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.state.advice) from None
 
 
 def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:
     """The whole model to another float dtype; a weight beyond its range is an error."""
     dtype = getattr(torch, str(recipe.dtype))
-    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("compress: the model holds packed layers already; a cast would not reach them")
+    with experts.unfused(model):
+        layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     for name, layer in layers.items():
         weight = dense_weight(layer)
         cast = weight.to(dtype)

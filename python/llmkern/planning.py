@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmkern import _memory, blocks
+from llmkern import _memory, blocks, experts
 from llmkern._dense import product
 from llmkern.calibration import BATCH
 from llmkern.nn import dense_weight, is_linear
 from llmkern.packed_size import packed_size
-from llmkern.patching import choose
+from llmkern.patching import choose, tied
 from llmkern.recipe import Recipe
 from llmkern.report import Skipped, model_bytes
 from llmkern.solvers.sparsegpt import REFIT_STEPS
@@ -76,7 +76,11 @@ def plan(
     """
     recipe = Recipe.parse(recipe)
     before = model_bytes(model)
-    rate = rate or measured_rate()
+    with experts.unfused(model):
+        return _plan(model, recipe, samples, seqlen, before, rate or measured_rate())
+
+
+def _plan(model: nn.Module, recipe: Recipe, samples: int, seqlen: int, before: int, rate: float) -> Plan:
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     chosen, skipped = dict.fromkeys(linears, recipe), list[Skipped]()
     if recipe.method != "cast":
@@ -88,7 +92,9 @@ def plan(
         size = packed_size(shape, wanted, weight.dtype)
         file_bytes += size.file_bytes
         layers.append(Layer(name, shape, str(wanted), size.format, weight.nbytes, size.nbytes))
-    dense = sum(layer.bytes_before for layer in layers)
+    # A head that shares the weight of the embeddings leaves it to them.
+    stay = tied(model, {layer.name: linears[layer.name] for layer in layers})
+    dense = sum(layer.bytes_before for layer in layers if layer.name not in stay)
     packed = None if any(layer.bytes_after is None for layer in layers) else sum(x.bytes_after or 0 for x in layers)
     tokens = samples * seqlen if any(wanted.needs_calibration for wanted in chosen.values()) else 0
     work, hidden = _work(model, chosen, linears, samples, seqlen) if recipe.method != "cast" else (0, 0)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Recipe:
     (default: the model's own). targets: which linear layers (default all); ignore wins over targets. Both hold names
     (the whole dotted name or its last parts) or "re:" patterns, matched from the name's start; "lm_head" also means
     the output head under another name. overrides: (pattern, changes) pairs or a mapping, where changes are a mapping
-    of fields, a short form, or None to leave the layer as it is.
+    of fields, a short form, or None to leave the layer as it is. experts: which tokens calibrate an expert of a
+    mixture: "routed" (those that reach it; one that none reaches is an error) or "all" (every token of its layer).
 
     Raises ValueError naming the field, what is wanted, and what it got.
     """
@@ -56,6 +58,7 @@ class Recipe:
     activations: str | None = None
     dtype: str | None = None
     scale_dtype: str | None = None
+    experts: str = "routed"
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = DEFAULT_IGNORE
     overrides: tuple[tuple[str, Any], ...] = field(default=())
@@ -92,6 +95,7 @@ class Recipe:
         require(self.act_order in (None, "static", "dynamic"), "act_order", 'None, "static" or "dynamic"')
         require(self.clip in (None, "hessian", "mse"), "clip", 'None, "hessian" or "mse"')
         require(isinstance(self.damp, int | float) and 0 <= self.damp < 1, "damp", "in [0, 1)")
+        require(self.experts in ("routed", "all"), "experts", '"routed" or "all"')
         require(self.activations in (None, "int8"), "activations", 'None or "int8"')
         require(isinstance(self.symmetric, bool), "symmetric", "true or false")
         require(isinstance(self.refit, bool), "refit", "true or false")
@@ -200,17 +204,24 @@ class Recipe:
         recipes = [self, *(self._override(pattern, changes) for pattern, changes in self.overrides)]
         return any(recipe is not None and recipe.method not in DATA_FREE for recipe in recipes)
 
-    def assign(self, names: Iterable[str], head: str | None = None) -> tuple[dict[str, Recipe], dict[str, str]]:
+    def assign(
+        self, names: Iterable[str], head: str | None = None, aliases: Mapping[str, Iterable[str]] = MappingProxyType({})
+    ) -> tuple[dict[str, Recipe], dict[str, str]]:
         """Which recipe each of the layers gets, and why the others get none (name -> reason).
 
-        `head` is the name of the output head. Raises ValueError when a pattern matches nothing, when a target's
+        `head` is the name of the output head; `aliases` are other names of layers, which patterns match as well.
+        Raises ValueError when a pattern matches nothing, when a target's
         layers are all ignored, or when two overrides match one layer.
         """
         names = list(names)
 
         def matches(pattern: str) -> set[str]:
             test = _compile(pattern)
-            return {name for name in names if test(name) or (pattern == "lm_head" and name == head)}
+            return {
+                name
+                for name in names
+                if any(map(test, (name, *aliases.get(name, ())))) or (pattern == "lm_head" and name == head)
+            }
 
         for kind in ("targets", "ignore", "overrides"):
             for entry in getattr(self, kind):
@@ -249,7 +260,7 @@ class Recipe:
     def _override(self, pattern: str, changes: Any) -> Recipe | None:
         if changes is None:
             return None
-        plain: dict[str, Any] = {"targets": (), "ignore": (), "overrides": ()}
+        plain: dict[str, Any] = {"targets": (), "ignore": (), "overrides": (), "experts": self.experts}
         if isinstance(changes, str | Recipe):
             return Recipe.parse(changes, **plain)
         if not isinstance(changes, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class Row:
 
     shape (N, K); kernel: the registry row that runs a single token here; loss: tr((W-Q)H(W-Q)ᵀ)/tr(WHWᵀ), or
     ‖W-Q‖²/‖W‖² when a note says that there was no Hessian, None when nothing was approximated; seconds: of the solver;
-    bytes of the weight without bias; damp relative to mean(diag H).
+    bytes of the weight without bias; damp relative to mean(diag H); notes: facts about the result; problems: what was
+    not as it should be (data, numbers, scales), which `compress(strict=True)` refuses.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Row:
     damp: float | None = None
     tokens: int = 0
     notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass
@@ -77,7 +80,28 @@ class Report:
             "coverage": before / whole if whole else 0.0,
             "mean_loss": sum(losses) / len(losses) if losses else None,
             "solver_seconds": sum(row.seconds for row in self.rows),
+            "problems": sum(len(row.problems) for row in self.rows),
         }
+
+    @property
+    def problems(self) -> dict[str, tuple[str, ...]]:
+        """What was not as it should be, by layer."""
+        return {row.name: row.problems for row in self.rows if row.problems}
+
+    def annotate(self, notes: Mapping[str, Sequence[str]]) -> None:
+        """Add notes to rows by their names."""
+        for row in self.rows:
+            row.notes = (*row.notes, *notes.get(row.name, ()))
+
+    def note_few_tokens(self) -> None:
+        """Say how many layers saw fewer tokens than they have input features: their Hessian is not of full rank."""
+        few = [row for row in self.rows if 0 < row.tokens < row.shape[1]]
+        if few:
+            worst = min(few, key=lambda row: row.tokens / row.shape[1])
+            self.notes.append(
+                f"{len(few)} layers saw fewer calibration tokens than they have input features, {worst.name} only "
+                f'{worst.tokens} for {worst.shape[1]}: give more data (experts: or all tokens, experts="all")'
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what `to_json` writes. A loss that is not finite becomes None."""
@@ -115,7 +139,20 @@ class Report:
         lines += [f"left as it was: {skip.name}: {skip.reason}" for skip in self.skipped[:10]]
         if len(self.skipped) > 10:
             lines.append(f"... and {len(self.skipped) - 10} more")
+        lines += self.problem_lines()
         return "\n".join([*lines, *self.notes])
+
+    def problem_lines(self, most: int = 10) -> list[str]:
+        """A line for each problem, with the layers that have it."""
+        layers: dict[str, list[str]] = {}
+        for name, problems in self.problems.items():
+            for problem in problems:
+                layers.setdefault(problem, []).append(name)
+        lines = [
+            f"problem: {names[0]}{f' and {len(names) - 1} more layers' if len(names) > 1 else ''}: {problem}"
+            for problem, names in layers.items()
+        ]
+        return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most} more problems"]
 
 
 def human(size: float) -> str:

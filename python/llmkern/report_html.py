@@ -40,6 +40,7 @@ def render(report: Report) -> str:
         "whole model": f"{human(report.model_bytes_before)} → {human(report.model_bytes_after)}",
         "mean relative loss": "none" if sums["mean_loss"] is None else f"{sums['mean_loss']:.3g}",
         "time": f"{report.seconds:.1f} s ({sums['solver_seconds']:.1f} s in solvers)",
+        "problems": f"{sums['problems']} in {len(report.problems)} layers" if sums["problems"] else "none",
         "calibration": f"{report.tokens:,} tokens" if report.tokens else "none needed",
     }
     cells = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items())
@@ -54,6 +55,7 @@ def render(report: Report) -> str:
         f'<p class="legend">{escape(about)}</p>',
         f"<dl>{cells}</dl>",
         *(f"<p>{escape(note)}</p>" for note in report.notes),
+        *_problems(report),
         "<h2>Relative output error per layer</h2>",
         '<p class="legend">tr((W−Q) H (W−Q)ᵀ) / tr(W H Wᵀ); without calibration ‖W−Q‖² / ‖W‖². Longer is worse.</p>',
         f'<div class="scroll">{_losses(report.rows)}</div>',
@@ -80,6 +82,18 @@ def render(report: Report) -> str:
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _problems(report: Report) -> list[str]:
+    """The layers with problems, above everything else; nothing if there are none."""
+    if not report.problems:
+        return []
+    rows = "".join(
+        f'<tr><td class="text">{escape(name)}</td><td class="text">{escape("; ".join(problems))}</td></tr>'
+        for name, problems in report.problems.items()
+    )
+    head = '<tr><th class="text">layer</th><th class="text">what was not as it should be</th></tr>'
+    return [f'<h2>Problems</h2><div class="scroll"><table>{head}{rows}</table></div>']
 
 
 def _losses(rows: list[Row]) -> str:
@@ -152,6 +166,6 @@ def _table(rows: list[Row]) -> str:
             f'<tr><td class="text">{escape(row.name)}</td><td>{row.shape[0]} × {row.shape[1]}</td>'
             f'<td class="text">{escape(row.method)}</td><td class="text">{escape(row.kernel)}</td>'
             f"{''.join(f'<td>{number}</td>' for number in numbers)}"
-            f'<td class="text">{escape("; ".join(row.notes))}</td></tr>'
+            f'<td class="text">{escape("; ".join((*row.problems, *row.notes)))}</td></tr>'
         )
     return f"<table>{head}{''.join(lines)}</table>"

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llmkern import blocks
+from llmkern import blocks, experts
 from llmkern._memory import give_back
+from llmkern.experts import Experts
+from llmkern.nn import BLOCK_MARK
 from llmkern.weight_files import Files, Reader, read_config, skeleton
-
-MARK = "_llmkern_block"  # on every module inside a streamed block: the block
 
 
 class Read(NamedTuple):
@@ -49,7 +49,7 @@ class Block:
         self.pins = 0
         self._read: dict[str, Read] = {}
         for part in module.modules():
-            object.__setattr__(part, MARK, self)
+            object.__setattr__(part, BLOCK_MARK, self)
         module.register_forward_pre_hook(self._before)
 
     def _before(self, module: nn.Module, args: tuple) -> None:
@@ -60,24 +60,49 @@ class Block:
         absent = {name for name, parameter in self._parameters() if parameter.is_meta}
         if not absent:
             return
-        keys = [key for key, target in self.sources.items() if self.converted or target in absent]
-        self.stream.read(keys)
+        mixtures = self._mixtures()
+        everything = self.converted or bool(mixtures)
+        self._read_into({m: m.fused for m in mixtures}, None if everything else absent)
+        for mixture in mixtures:
+            mixture.renew()
+            self.stream.check(mixture)
         for name, parameter in self._parameters():
             if parameter.is_meta:
                 raise ValueError(f"stream: {self.stream.files.folder}: no values for {name}")
-            if name in absent or self.converted:
+            if name in absent or everything:
                 parameter.requires_grad_(False)
                 self._read[name] = Read(weakref.ref(parameter), parameter._version)
 
+    def _read_into(self, fused: dict[Any, Any], absent: set[str] | None) -> None:
+        """Read these parameters (None: all), with the mixtures' modules as the files have them."""
+        block = self.stream.model.get_submodule(self.name)
+        experts.replace(block, fused)
+        try:
+            self.stream.read([key for key, target in self.sources.items() if absent is None or target in absent])
+        finally:
+            experts.replace(block, {module: mixture for mixture, module in fused.items()})
+
     def release(self) -> None:
         """Give back the matrices that are still as they were read. Vectors stay: reading them costs more than they."""
-        current = dict(self._parameters())
+        current, mixtures = dict(self._parameters()), self._mixtures()
         same = {name for name, read in self._read.items() if read.still(current.get(name))}
-        if self.converted and same != self._read.keys():
+        everything = self.converted or bool(mixtures)
+        if everything and same != self._read.keys():
             # Several parameters come from one tensor of the files: reading one again would reset the others.
             return
-        for name in [name for name in same if current[name].ndim > 1]:
+        again = same if everything else same & set(self.sources.values())
+        for name in [name for name in again if current[name].ndim > 1]:
             _set(self.stream.model, name, _on_meta(current[name]))
+            del self._read[name]
+        for mixture in mixtures if again else ():
+            assert mixture.fused is not None
+            own = mixture.fused._parameters
+            own.update({name: _on_meta(p) for name, p in own.items() if p is not None and p.ndim > 1})
+
+    def _mixtures(self) -> list[Experts]:
+        """Mixtures that stand in the place of a module with the weights as the files have them."""
+        found = experts.mixtures(self.stream.model.get_submodule(self.name)).values()
+        return [mixture for mixture in found if mixture.fused is not None]
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.stream.model.get_submodule(self.name).named_parameters(self.name)
@@ -91,6 +116,7 @@ class Stream:
         self.reader = Reader(model, files)
         self.bytes = 0  # read from the files so far
         self._current: Block | None = None
+        self._checked: set[type] = set()  # kinds of fused modules that `Experts` were compared with
         targets, unknown = self.reader.targets(model)
         files.warn_unknown(model, unknown)
         inside = self._inside()
@@ -141,6 +167,12 @@ class Stream:
                 self.reader.load(self.model, keys)
             self.bytes += sum(self.files.tensors[key].nbytes for key in keys)
 
+    def check(self, mixture: Experts) -> None:
+        """Compare `Experts` with the module that they replaced, once there are values. ValueError if they differ."""
+        if type(mixture.fused) not in self._checked and (difference := mixture.difference()):
+            raise ValueError(f"stream: {type(mixture.fused).__name__}: {difference}; load the whole model instead")
+        self._checked.add(type(mixture.fused))
+
     def left(self, block: Block) -> None:
         """`block` is held once less. It stays until another is needed, unless that has happened already."""
         if not block.pins and block is not self._current:
@@ -168,7 +200,7 @@ def stream(folder: str | Path, *, dtype: torch.dtype | str = "auto") -> Any:
 @contextmanager
 def held(module: nn.Module) -> Iterator[None]:
     """Inside, the block that `module` is or is a part of stays in memory. Nothing to do for what is not streamed."""
-    block: Block | None = vars(module).get(MARK)
+    block: Block | None = vars(module).get(BLOCK_MARK)
     if block is None:
         yield
         return
@@ -188,12 +220,20 @@ def is_streamed(model: nn.Module) -> bool:
 
 def parameter(module: nn.Module, leaf: str) -> nn.Parameter:
     """A parameter of a module, read from its file if it is not in memory; its block then stays until another comes."""
-    block: Block | None = vars(module).get(MARK)
+    block: Block | None = vars(module).get(BLOCK_MARK)
     if block is not None:
         block.stream.need(block)
     found = module._parameters[leaf]
     assert found is not None
     return found
+
+
+def values_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer in the order of `named_parameters` and `named_buffers`, a block at a time."""
+    for name, _ in [*model.named_parameters()]:
+        owner, _, leaf = name.rpartition(".")
+        yield parameter(model.get_submodule(owner), leaf)
+    yield from model.buffers()
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

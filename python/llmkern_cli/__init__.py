@@ -70,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.showwarning = functools.partial(_warn, args)
             result = args.module.run(args)
+        if result is None:  # another process has it
+            return 0
         print(json.dumps(result, indent=2) if args.json else args.module.show(result), flush=True)
         return 1 if result.get("error") else 0
-    except KeyboardInterrupt:
-        return _fail(args, "interrupted", 1)
+    except KeyboardInterrupt as stop:
+        return _fail(args, f"interrupted: {stop}" if str(stop) else "interrupted", 1)
     except BrokenPipeError:
         # The reader (`| head`) has left; python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkern_cli import plan
 from llmkern_cli._common import (
     Number,
     UsageError,
     at_least,
-    compress_into,
     parse_recipe,
     progress,
     quiet_transformers,
     refuse_foreign,
 )
+
+if TYPE_CHECKING:
+    from llmkern.recipe import Recipe
+    from llmkern.report import Report
 
 NAME = "compress"
 HELP = "Prune and quantize a model, and save it."
@@ -35,6 +41,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
+    parser.add_argument(
+        "--experts", choices=("routed", "all"),
+        help="of a mixture: calibrate each expert from the tokens routed to it, or from all (default: the recipe's)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
     parser.add_argument(
         "--stream", choices=("auto", "on", "off"), default="auto",
@@ -43,30 +53,88 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done: `llmkern plan`")
 
+    parser.add_argument("--strict", action="store_true", help="what the report calls a problem is an error")
+    parser.add_argument("--resume", action="store_true", help="go on with the same run where it was killed, if it was")
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The report, and `out` and `seconds`; the plan of a dry run."""
-    from llmkern import data
-    from llmkern.models import load_model, open_streamed
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The report, and `out` and `seconds`; None on the ranks after the first; the plan of a dry run."""
+    from llmkern.distributed import joined
 
     if args.dry_run:
         return plan.run(args)
     if args.out is None:
         raise UsageError("the following arguments are required: --out")
+    with joined() as (rank, device):
+        if rank == 0:
+            return _run(args, device)
+        try:
+            model, _, windows = _load(args)
+            _compress(args, model, windows, device)
+        except Exception as error:  # the first rank reports; its stdout is the one that is read
+            raise SystemExit(f"llmkern compress: rank {rank}: {error}") from error
+        return None
+
+
+def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """As the first rank, or the only one: refuses, compresses and saves."""
+    import llmkern
+    from llmkern.state import parts_in
+
     # All that can be refused is refused before the first long step.
-    recipe = parse_recipe(args.recipe)
+    _recipe(args)
     refuse_foreign(args.out)
+    state = state_folder(args.out)
+    if (parts := parts_in(state)) and not args.resume:
+        raise FileExistsError(
+            f"--out {args.out}: a run that did not end, or still runs, has {parts} finished parts in {state}: "
+            "add --resume to go on with it, or delete that folder to start again"
+        )
+    if args.resume:
+        progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
+    model, tokenizer, windows = _load(args)
+    start = time.perf_counter()
+    report = _compress(args, model, windows, device)
+    llmkern.save(model, args.out, tokenizer=tokenizer, report=report)
+    shutil.rmtree(state, ignore_errors=True)
+    for line in report.problem_lines():
+        progress(line)
+    return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """What --recipe and --experts say."""
+    recipe = parse_recipe(args.recipe)
+    return replace(recipe, experts=args.experts) if args.experts else recipe
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and the windows if the recipe needs any."""
+    from llmkern import data
+    from llmkern.models import load_model, open_streamed
+
+    streamed = _streamed(args.model, args.stream, _recipe(args))
     text = data.read_text(args.calibration)
     quiet_transformers()
-    streamed = _streamed(args.model, args.stream, recipe)
     progress(f"streaming {args.model}, {streamed}" if streamed else f"loading {args.model}")
     model, tokenizer = open_streamed(args.model) if streamed else load_model(args.model)
     windows = None
-    if recipe.needs_calibration:
+    if _recipe(args).needs_calibration:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
-    start = time.perf_counter()
-    report = compress_into(args.out, model, tokenizer, recipe, windows)
-    return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
+    return model, tokenizer, windows
+
+
+def _compress(args: argparse.Namespace, model: Any, windows: Any, device: Any) -> Report:
+    import llmkern
+
+    state = state_folder(args.out)
+    return llmkern.compress(model, _recipe(args), windows, device=device, state_dir=state, strict=args.strict)
+
+
+def state_folder(out: Path) -> Path:
+    """Where a run keeps what it has finished until `out` is whole: a hidden folder beside it."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.llmkern-state")
 
 
 def _streamed(name: str, asked: str, recipe: Any) -> str:
@@ -77,6 +145,7 @@ def _streamed(name: str, asked: str, recipe: Any) -> str:
     why_not = (
         "only a local folder of safetensors can be" if not files
         else f"{recipe} changes the whole model" if recipe.method == "cast"
+        else "several ranks cannot share it" if int(os.environ.get("WORLD_SIZE", "1")) > 1
         else "its layers are packed already" if (Path(name).expanduser() / "llmkern.json").is_file()
         else ""
     )  # fmt: skip
@@ -94,4 +163,7 @@ def show(result: dict[str, Any]) -> str:
     """Where the model and its report are."""
     if "out" not in result:
         return plan.show(result)
-    return f"{result['out']}: saved in {Number(result['seconds'], 1)} s; per-layer report: {result['out']}/report.html"
+    problems = result["totals"]["problems"]
+    warning = f"; {problems} problems in it (--strict makes them errors)" if problems else ""
+    where = f"per-layer report: {result['out']}/report.html"
+    return f"{result['out']}: saved in {Number(result['seconds'], 1)} s; {where}{warning}"

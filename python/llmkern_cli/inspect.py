@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 # The tensor that tells how a layer is stored; the first that is there.
 _STORED = {"weight_packed": "compressed-tensors", "qweight": "gptq", "weight": "dense"}
+# What transformers calls the stacked weights of experts.
+_EXPERTS = (".gate_up_proj", ".up_proj", ".down_proj")
 _OPS = {
     "Int8Weight": "int8_linear",
     "Int4Weight": "int4_linear",
@@ -59,17 +61,19 @@ _OPS = {
 
 
 def _layers(tensors: Mapping[str, Stored], config: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry per matrix, block 2 before block 10."""
-    parts: dict[str, dict[str, Stored]] = {}
-    for name, stored in tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        parts.setdefault(layer, {})[leaf] = stored
+    """One entry per matrix, or per stack of a mixture's experts; block 2 before block 10."""
     known = ours.get("layers")
     known = known if isinstance(known, dict) else {}
+    parts: dict[str, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        for part, own in _of_experts(name, stored, known):
+            layer, _, leaf = part.rpartition(".")
+            parts.setdefault(layer, {})[leaf] = own
     found = []
     for layer in sorted(parts, key=_natural):
         marks = [mark for mark in _STORED if mark in parts[layer]]
-        if not marks or len(parts[layer][marks[0]].shape) != 2:
+        ranks = (2, 3) if layer.endswith(_EXPERTS) else (2,)
+        if not marks or len(parts[layer][marks[0]].shape) not in ranks:
             continue
         entry = known.get(layer)
         described = _ours(entry, parts[layer]) if isinstance(entry, dict) else _theirs(marks[0], parts[layer], config)
@@ -79,6 +83,20 @@ def _layers(tensors: Mapping[str, Stored], config: dict[str, Any], ours: dict[st
     if missing := sorted(set(known) - {layer["name"] for layer in found}):
         raise ValueError(f"llmkern.json names the layer {missing[0]}, which has no weight in the safetensors files")
     return found
+
+
+def _of_experts(name: str, stored: Stored, known: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
+    """A tensor by its name; of a stack of experts: a weight for each that llmkern.json knows, else one for all."""
+    if len(stored.shape) != 3 or not name.endswith(_EXPERTS):
+        yield name, stored
+        return
+    home, _, projection = name.rpartition(".")
+    names = [f"{home}.{at}.{projection}" for at in range(stored.shape[0])]
+    if known.keys().isdisjoint(names):
+        yield f"{name}.weight", stored
+        return
+    for expert in names:
+        yield f"{expert}.weight", Stored(stored.dtype, stored.shape[1:], stored.nbytes // len(names))
 
 
 def _ours(entry: dict[str, Any], leaves: dict[str, Stored]) -> dict[str, Any]:

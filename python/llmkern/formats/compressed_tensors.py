@@ -108,14 +108,15 @@ def decode(
 
 
 def quantization_config(
-    groups: list[tuple[dict[str, Any], str | None, list[str]]], ignore: list[str], *, standard: bool = True
+    groups: list[tuple[dict[str, Any] | None, str | None, list[str]]], ignore: list[str], *, standard: bool = True
 ) -> dict[str, Any]:
     """The entry of config.json. groups: (scheme, activations, names of the layers); ignore: dense linear layers.
 
-    `standard=False` for layers that compressed-tensors does not know (Conv1D): a format that readers refuse, because
-    transformers would otherwise leave such layers at random values and only print a table.
+    `standard=False` for layers that compressed-tensors does not know (Conv1D, experts): a format that readers refuse,
+    because transformers would otherwise leave such layers at random values and only print a table. A scheme may then be
+    None, for layers without codes.
     """
-    formats = [_format(scheme, activations) if standard else "llmkern" for scheme, activations, _ in groups]
+    formats = [_format(scheme, activations) if standard and scheme else "llmkern" for scheme, activations, _ in groups]
     entries = {}
     for at, (scheme, _, names) in enumerate(groups):
         dynamic = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -128,7 +129,7 @@ def quantization_config(
         }
     return {
         "quant_method": "compressed-tensors",
-        "format": formats[0] if len(set(formats)) == 1 else "mixed-precision",
+        "format": "llmkern" if not standard else formats[0] if len(set(formats)) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ignore,
         "config_groups": entries,

@@ -8,10 +8,23 @@ reference repositories, drop-in.
 from llmkern.solvers.gptq import gptq
 from llmkern.solvers.hessian import Hessian
 from llmkern.solvers.magnitude import magnitude
+from llmkern.solvers.problem import Problem
 from llmkern.solvers.reference_api import GPTQ, Quantizer, SparseGPT
 from llmkern.solvers.rtn import rtn
 from llmkern.solvers.solution import Solution
 from llmkern.solvers.sparsegpt import sparsegpt
 from llmkern.solvers.wanda import wanda
 
-__all__ = ["GPTQ", "Hessian", "Quantizer", "Solution", "SparseGPT", "gptq", "magnitude", "rtn", "sparsegpt", "wanda"]
+__all__ = [
+    "GPTQ",
+    "Hessian",
+    "Problem",
+    "Quantizer",
+    "Solution",
+    "SparseGPT",
+    "gptq",
+    "magnitude",
+    "rtn",
+    "sparsegpt",
+    "wanda",
+]

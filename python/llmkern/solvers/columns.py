@@ -97,6 +97,8 @@ def _start_groups(w: Tensor, difference: Tensor, factor: Factor, grid: Grid, at:
         values = optimal(w[:, wide], wc, factor.unit[wide, wide])
         found = find(values[:, first * size - at.start :].contiguous(), slice(first * size, wide.stop))
         grid.scales[:, first:last] = found.scales
+        if grid.collapsed is not None and found.collapsed is not None:
+            grid.collapsed[:, first:last] = found.collapsed
         if grid.zeros is not None and found.zeros is not None:
             grid.zeros[:, first:last] = found.zeros
     return wc[:, :width].contiguous()

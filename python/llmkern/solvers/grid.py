@@ -14,6 +14,8 @@ from llmkern.ops._linear import FLOATS, expand_groups
 CLIPS = ("hessian", "mse", None)
 # Clip ratios tried per group, from 1 down to 0.6: what gave the least perplexity on a real model.
 STEPS, SMALLEST = 50, 0.6
+# The largest share of itself by which rounding to its dtype may move a scale.
+MOST_MOVED = 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +23,7 @@ class Grid:
     """w = (code - zero) * scale per row and group of `group_size` natural columns.
 
     scales fp32 [N, G], representable in `scale_dtype`; zeros int8 [N, G] or None (symmetric); codes are signed `bits`.
+    collapsed: bool [N, G], the groups whose scale `scale_dtype` could not hold (None: not known).
     """
 
     scales: Tensor
@@ -28,6 +31,7 @@ class Grid:
     group_size: int
     bits: int
     scale_dtype: torch.dtype = torch.float32
+    collapsed: Tensor | None = None
 
     def groups(self, order: Tensor | None, k: int) -> Tensor:
         """int32 [K]: the group of the column at each place of `order`."""
@@ -59,6 +63,7 @@ def find_grid(
     steps = 1 if clip is None else STEPS
     scales, zeros = ops.scale_search(weight, importance.contiguous(), group_size, bits, symmetric, steps, SMALLEST)
     rounded = scales.to(scale_dtype).float()
+    collapsed = (rounded - scales).abs() > MOST_MOVED * scales
     # A scale below scale_dtype's range would be 0; its group then rounds to zeros on any scale.
     scales = torch.where(rounded > 0, rounded, 1.0)
-    return Grid(scales, None if symmetric else zeros, group_size, bits, scale_dtype)
+    return Grid(scales, None if symmetric else zeros, group_size, bits, scale_dtype, collapsed)

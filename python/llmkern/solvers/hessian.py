@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkern import _large
 from llmkern._dense import full_fp32, half_product, on_host, product
+from llmkern.solvers.problem import Problem
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
 # a GEMM to run at full speed on a CPU. On a GPU `add` takes four at a time.
@@ -117,6 +118,21 @@ class Hessian:
         self._changed()
         return self
 
+    def partial(self) -> Tensor:
+        """A copy of the sum as it stands, fp32 [K, K], for adding up with those of other processes.
+
+        What is below the diagonal may be out of date: see `from_partial`.
+        """
+        return self._sum.clone()
+
+    @classmethod
+    def from_partial(cls, total: Tensor, tokens: int) -> Hessian:
+        """The Hessian of a sum of `partial`s, which is taken over, and of their tokens together."""
+        hessian = cls(len(total), "meta")
+        hessian._sum, hessian.tokens = total, tokens
+        hessian._whole = hessian._checked = False
+        return hessian
+
     def matrix(self) -> Tensor:
         """The mean of xxᵀ over tokens, fp32 [K, K]; a new tensor. ValueError without tokens."""
         return self.raw() / self.tokens
@@ -200,9 +216,9 @@ class Hessian:
         places = None
         if order == "activation":
             places = self.raw().diagonal().argsort(descending=True, stable=True)
-        notes = []
+        notes: list[str] = []
         if count := int(self.dead().sum()):
-            notes.append(f"{count} of {self.k} input features are 0 in every token: their weights become 0")
+            notes.append(Problem(f"{count} of {self.k} input features are 0 in every token: their weights become 0"))
         used, dtype = damp, torch.float32
         while (upper := _upper_factor(self._arranged(used, places, dtype))) is None:
             if dtype == torch.float32:
@@ -214,9 +230,9 @@ class Hessian:
                     f"Hessian: not positive definite in fp64 even with damping up to {MAX_DAMP} of the mean diagonal"
                 )
         if used != damp:
-            notes.append(f"not positive definite in fp64 at damp {damp:g}: damp raised to {used:g}")
+            notes.append(Problem(f"not positive definite in fp64 at damp {damp:g}: damp raised to {used:g}"))
         elif dtype == torch.float64:
-            notes.append(f"not positive definite in fp32 at damp {damp:g}: factored in fp64")
+            notes.append(Problem(f"not positive definite in fp32 at damp {damp:g}: factored in fp64"))
         diagonal = upper.diagonal().clone()
         return Factor(
             unit=upper.div_(diagonal).float(),

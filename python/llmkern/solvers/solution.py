@@ -12,6 +12,7 @@ from llmkern._dense import product
 from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import BLOCK, Hessian
+from llmkern.solvers.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +22,7 @@ class Solution:
     weight: fp32 [N, K], what `packed` unpacks to. packed: the smallest of the packed formats that holds it exactly,
     None if none does. mask: bool [N, K], True = kept, None if nothing was pruned. loss: tr((W-Q) H (W-Q)ᵀ) /
     tr(W H Wᵀ) on the undamped Hessian. damp: the damping that was used, relative to mean(diag H). notes: whatever
-    differs from what was asked for.
+    differs from what was asked for; a note of type Problem is more than a fact.
     """
 
     weight: Tensor
@@ -60,7 +61,8 @@ def energy(x: Tensor, hessian: Hessian) -> float:
 def pack_quantized(q: Tensor, grid: Grid, mask: Tensor | None) -> tuple[PackedWeight, tuple[str, ...]]:
     """The smallest packed weight that holds q [N, K], whose values are on `grid`; and notes on what it took."""
     stored = 4 if grid.bits <= 4 else 8
-    notes = () if grid.bits == stored else (f"{grid.bits}-bit codes are stored as int{stored}",)
+    notes: tuple[str, ...] = () if grid.bits == stored else (f"{grid.bits}-bit codes are stored as int{stored}",)
+    notes += _about_groups(q, grid)
     scales, size = grid.scales.to(grid.scale_dtype), grid.group_size
     if mask is not None and grid.zeros is None:
         if is_24(mask) and (size % 4 == 0 or size >= q.shape[1]):
@@ -73,6 +75,25 @@ def pack_quantized(q: Tensor, grid: Grid, mask: Tensor | None) -> tuple[PackedWe
         notes = (*notes, f"packed as dense int{stored} codes: no sparse format holds this mask with these codes")
     kind = Int4Weight if stored == 4 else Int8Weight
     return kind.pack(q, group_size=size, scales=scales, zeros=grid.zeros), notes
+
+
+def _about_groups(q: Tensor, grid: Grid) -> tuple[str, ...]:
+    """Groups whose scale collapsed, and those that hold only zeros for another reason."""
+    count = grid.scales.numel()
+    # Every group of zeros has scale 1, and hardly any other group: the values are looked at only where they may be 0.
+    ones, lost = grid.scales == 1, torch.zeros_like(grid.scales, dtype=torch.bool)
+    if grid.collapsed is not None:
+        lost = grid.collapsed
+    notes: tuple[str, ...] = ()
+    if collapsed := int(lost.count_nonzero()):
+        dtype = str(grid.scale_dtype).removeprefix("torch.")
+        notes += (Problem(f"{collapsed} of {count} groups collapsed: their scale is below the range of {dtype}"),)
+    if int(ones.count_nonzero()):
+        padded = torch.nn.functional.pad(q, (0, -q.shape[1] % grid.group_size))
+        zeros = (padded.view(*ones.shape, -1) == 0).all(-1) & ones & ~lost
+        if empty := int(zeros.count_nonzero()):
+            notes += (f"{empty} of {count} groups hold only zeros",)
+    return notes
 
 
 def pack_kept(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> PackedWeight:

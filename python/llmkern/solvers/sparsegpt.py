@@ -57,6 +57,7 @@ def sparsegpt(
     by_admm = _by_admm(mask, pattern, refit)
     state = as_hessian("sparsegpt", hessian, w)
     factor = state.factor(None, damp)
+    found = factor.notes
     target = live(w, state)
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": True, "clip": clip}
     options |= {"scale_dtype": scale_dtype}
@@ -74,7 +75,9 @@ def sparsegpt(
         q = refit_kept(target, q, kept, damped, REFIT_STEPS)
         if bits is not None:
             grid = find_grid(q, importance, **options)
-            q, _ = gptq_columns(q, state.factor("activation", damp), grid, kept)
+            again = state.factor("activation", damp)
+            found = (*found, *(note for note in again.notes if note not in found))
+            q, _ = gptq_columns(q, again, grid, kept)
             q = descend(target, q, damped, grid, kept, descent)
     if grid is not None:
         packed, notes = pack_quantized(q, grid, kept)
@@ -82,7 +85,7 @@ def sparsegpt(
         if weight.dtype != torch.float32:
             q, lost = q.to(weight.dtype).float(), math.nan
         packed, notes = pack_kept(q, kept, weight.dtype), ()
-    return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*factor.notes, *notes))
+    return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*found, *notes))
 
 
 def _by_admm(mask: str | None, pattern: Pattern, refit: bool) -> bool:
