@@ -4,17 +4,9 @@ import importlib
 import sys
 
 BENCHMARKS = (
-    "import_cost",
-    "overhead",
-    "threads",
-    "after",
-    "linear",
-    "generate",
-    "solvers",
-    "quality",
-    "memory",
-    "demo",
-)
+    "import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "solver_peers", "solver_scaling",
+    "quality", "memory", "demo",
+)  # fmt: skip
 
 
 def main() -> None:

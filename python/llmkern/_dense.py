@@ -7,6 +7,8 @@ torch's own product runs. On a GPU the products are torch's, in fp32 whatever th
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +17,14 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from llmkern import _features
+
 # Fewer multiplications than this take longer to hand over than to do.
 WORTH = 1 << 18
+# Bytes from which the C library asks the system for memory each time, and the system clears it page by page.
+LARGE = 32 << 20
+# Rows per part of `add_product`: enough for full speed, few enough that the copy and the product stay in cache.
+ROWS = 1024
 
 
 @cache
@@ -37,12 +45,49 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return op(a.contiguous(), weight, None, "none", [], "")
 
 
+def add_product(out: Tensor, a: Tensor, b: Tensor, less: Tensor) -> None:
+    """out [N, M] += (a - less) [N, K] @ b [K, M], fp32; each may be a part of a wider matrix."""
+    if not on_host(out):
+        with full_fp32():
+            out.addmm_(a - less, b)
+        return
+    b = b.contiguous()
+    for start in range(0, len(a), ROWS):
+        rows = slice(start, start + ROWS)
+        out[rows] += product(a[rows] - less[rows], b)
+
+
+def large_empty(*shape: int, like: Tensor) -> Tensor:
+    """An uninitialised fp32 tensor on like's device; on a CPU in huge pages where there are any.
+
+    Clearing a fresh matrix of 64 MiB by pages of 4 KiB takes longer than to copy one (20 ms against 6).
+    """
+    size = 4 * math.prod(shape)
+    if not on_host(like) or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape, dtype=torch.float32)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+
+
+def take_columns(x: Tensor, order: Tensor, out: Tensor) -> Tensor:
+    """out = x[:, order] of x [N, K] and order int64 [M]; returns out. (torch's index_select would use one core.)"""
+    return torch.gather(x, 1, order.expand(len(x), -1), out=out)
+
+
 def half_product(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] @ b [K, M] of bf16 or fp16 on a GPU, summed in fp32; fp32.
 
     A product of two of these is exact in fp32, so only the sums round, as if both were fp32.
     """
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@cache
+def half_is_fast() -> bool:
+    """Whether a CPU product of bf16 matrices is quicker than one of fp32: oneDNN, and instructions for it."""
+    levels = {level.name for level in _features.levels() if level.available}
+    return _onednn() is not None and not levels.isdisjoint(("avx512_bf16", "amx"))
 
 
 def on_host(x: Tensor) -> bool:

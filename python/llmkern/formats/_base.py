@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmkern.ops._linear import FLOATS, expand_groups, groups
 
+PART = 1 << 19  # values of a part of `row_parts`
 W = TypeVar("W", bound="PackedWeight")
 
 
@@ -158,8 +159,21 @@ def grid(
 
 def quantize(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, bits: int) -> Tensor:
     """Nearest signed codes int8 [N, K] on a given grid."""
-    k = weight.shape[1]
-    codes = torch.round(weight.float() / expand_groups(scales.float(), group_size, k))
-    if zeros is not None:
-        codes = codes + expand_groups(zeros.float(), group_size, k)
-    return codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+    n, k = weight.shape
+    codes = weight.new_empty(n, k, dtype=torch.int8)
+    for rows in row_parts(weight):
+        values = weight[rows].float() / expand_groups(scales[rows].float(), group_size, k)
+        values.round_()
+        if zeros is not None:
+            values += expand_groups(zeros[rows].float(), group_size, k)
+        codes[rows] = values.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes
+
+
+def row_parts(matrix: Tensor) -> list[slice]:
+    """All rows of a matrix [N, K]; on a CPU in parts that stay in cache from one pass over them to the next."""
+    n, k = matrix.shape
+    if not matrix.numel():
+        return []
+    step = n if matrix.is_cuda else max(PART // k, 1)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]

@@ -16,10 +16,14 @@ from llmkern.ops.int4_linear.reference import dequantize, unpack_words
 
 def pack_words(codes: Tensor) -> Tensor:
     """Signed int4 codes [N, K] -> int32 words [N, ceil(K/8)]: u = q + 8, lowest nibble first, pad nibbles 0."""
-    nibbles = torch.nn.functional.pad((codes + 8).to(torch.uint8), (0, -codes.shape[1] % 8))
-    pairs = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-    # Least significant byte first, as on every machine torch runs on.
-    return pairs.view(codes.shape[0], -(-codes.shape[1] // 8), 4).view(torch.int32).squeeze(-1)
+    n, k = codes.shape
+    words = codes.new_empty(n, -(-k // 8), dtype=torch.int32)
+    for rows in _base.row_parts(codes):
+        nibbles = torch.nn.functional.pad((codes[rows] + 8).to(torch.uint8), (0, -k % 8))
+        # Least significant byte first, as on every machine torch runs on: 0x0b0a is two nibbles, and becomes 0xba.
+        pairs = nibbles.view(torch.int16)
+        words[rows] = (pairs | pairs >> 4).to(torch.uint8).view(torch.int32)
+    return words
 
 
 @dataclass(frozen=True, eq=False)

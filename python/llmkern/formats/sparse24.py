@@ -27,11 +27,11 @@ def _pair(bits: int) -> tuple[int, int]:
 PAIR_OF_BITS = [_pair(bits) for bits in range(16)]
 
 
-def choose_positions(name: str, weight: Tensor, mask: Tensor | None) -> Tensor:
+def choose_positions(name: str, weight: Tensor, mask: Tensor | None, first_row: int = 0) -> Tensor:
     """int64 [N, Q, 2], ascending: which two of every four columns are kept.
 
     With a mask (bool [N, K], True = kept) those it keeps, else those not 0; a quad that has fewer is filled up with
-    its first other columns. ValueError if a quad keeps more than two.
+    its first other columns. ValueError if a quad keeps more than two; its row counts from `first_row`.
     """
     keep = (weight != 0) if mask is None else mask
     n, k = weight.shape
@@ -39,13 +39,41 @@ def choose_positions(name: str, weight: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(f"{name}: mask must be {list(weight.shape)}, got {list(keep.shape)}")
     if mask is not None and bool(((weight != 0) & ~mask).any()):
         raise ValueError(f"{name}: weight is not 0 where the mask prunes it")
-    quads = torch.nn.functional.pad(keep, (0, -k % 4)).view(n, -(-k // 4), 4).view(torch.uint8)
-    bits = quads[..., 0] | quads[..., 1] << 1 | quads[..., 2] << 2 | quads[..., 3] << 3
-    pairs = torch.tensor(PAIR_OF_BITS, device=weight.device)[bits.flatten().int()].view(n, -(-k // 4), 2)
+    pairs = torch.tensor(PAIR_OF_BITS, device=weight.device).index_select(0, kept_bits(keep).flatten())
+    pairs = pairs.view(n, -(-k // 4), 2)
     if pairs.numel() and int(pairs.min()) < 0:
         row, quad = (int(i) for i in (pairs[..., 0] < 0).nonzero()[0])
-        raise ValueError(f"{name}: not 2:4: row {row} keeps more than two of columns {4 * quad}..{4 * quad + 3}")
+        raise ValueError(
+            f"{name}: not 2:4: row {first_row + row} keeps more than two of columns {4 * quad}..{4 * quad + 3}"
+        )
     return pairs
+
+
+def kept_bits(keep: Tensor) -> Tensor:
+    """bool [N, K] -> int32 [N, ceil(K/4)]: a bit per column of a quad, the first the lowest."""
+    n, k = keep.shape
+    quads = torch.nn.functional.pad(keep, (0, -k % 4)).contiguous().view(torch.uint8)
+    if not quads.numel():
+        return quads.new_zeros(n, -(-k // 4), dtype=torch.int32)
+    # The bytes of a quad, 0 or 1, are one number, the first the lowest; times this, byte i comes to bit 24 + i.
+    return quads.view(torch.int32) * 0x01020408 >> 24 & 15
+
+
+def keep_two(name: str, weight: Tensor, mask: Tensor | None, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed positions uint8 [N, ceil(Q/2)] of what weight [N, K] keeps, and of `values` [N, K] those kept [N, 2Q].
+
+    Errors as `choose_positions`.
+    """
+    n, k = weight.shape
+    if mask is not None and mask.shape != weight.shape:
+        raise ValueError(f"{name}: mask must be {list(weight.shape)}, got {list(mask.shape)}")
+    n_quads = -(-k // 4)
+    positions = weight.new_zeros(n, -(-n_quads // 2), dtype=torch.uint8)
+    kept = values.new_zeros(n, 2 * n_quads)
+    for rows in _base.row_parts(weight):
+        pairs = choose_positions(name, weight[rows], None if mask is None else mask[rows], rows.start)
+        positions[rows], kept[rows] = pack_positions(pairs), gather(values[rows], pairs)
+    return positions, kept
 
 
 def pack_positions(positions: Tensor) -> Tensor:
@@ -65,9 +93,10 @@ def check_positions(name: str, positions: Tensor, n: int, k: int) -> None:
     """ValueError unless positions are uint8 [N, ceil(Q/2)] and each quad's two are distinct and ascending."""
     n_quads = -(-k // 4)
     _base.check_tensor(name, "positions", positions, (torch.uint8,), (n, -(-n_quads // 2)))
-    pairs = unpack_positions(positions, n_quads)
-    bad = pairs[..., 0] >= pairs[..., 1]
+    bad = torch.stack([positions & 3, positions >> 4 & 3], -1) >= torch.stack([positions >> 2 & 3, positions >> 6], -1)
+    bad = bad.flatten(1)[:, :n_quads]
     if bad.any():
+        pairs = unpack_positions(positions, n_quads)
         row, quad = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"{name}: a quad's two positions must be distinct and ascending, got {pairs[row, quad].tolist()} at row "
@@ -111,14 +140,15 @@ class Sparse24Weight(_base.PackedWeight):
         shape = _base.check_weight(name, weight)
         group_size = _base.resolve_group_size(name, group_size, shape[1])
         check_quad_groups(name, group_size, shape[1])
-        positions = choose_positions(name, weight, mask)
-        tensors = {"positions": pack_positions(positions)}
+        values = weight
+        tensors = {}
         if dtype == torch.int8:
             if scales is None:
                 scales, _ = _base.grid(weight, group_size, 8, True, scale_dtype)
-            weight = _base.quantize(weight, scales, None, group_size, 8)
+            values = _base.quantize(weight, scales, None, group_size, 8)
             tensors["scales"] = scales
-        tensors["values"] = gather(weight, positions).to(weight.dtype if dtype is None else dtype)
+        tensors["positions"], kept = keep_two(name, weight, mask, values)
+        tensors["values"] = kept.to(values.dtype if dtype is None else dtype)
         return cls.from_tensors(tensors, shape=shape, group_size=group_size)
 
     @classmethod
@@ -183,11 +213,10 @@ class Sparse24Int4Weight(_base.PackedWeight):
         shape = _base.check_weight(name, weight)
         group_size = _base.resolve_group_size(name, group_size, shape[1])
         check_quad_groups(name, group_size, shape[1])
-        positions = choose_positions(name, weight, mask)
         if scales is None:
             scales, _ = _base.grid(weight, group_size, 4, True, scale_dtype)
-        codes = gather(_base.quantize(weight, scales, None, group_size, 4), positions)
-        tensors = {"words": pack_words(codes), "positions": pack_positions(positions), "scales": scales}
+        positions, codes = keep_two(name, weight, mask, _base.quantize(weight, scales, None, group_size, 4))
+        tensors = {"words": pack_words(codes), "positions": positions, "scales": scales}
         return cls.from_tensors(tensors, shape=shape, group_size=group_size)
 
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import on_host, product, squared
+from llmkern._dense import add_product, large_empty, on_host, product, squared, take_columns
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
@@ -31,11 +31,59 @@ def blocks(k: int, width: int = BLOCK, multiple: int = 1) -> list[slice]:
     return [slice(start, min(start + width, k)) for start in range(0, k, width)]
 
 
-def compensated(w: Tensor, difference: Tensor, factor: Factor, at: slice) -> Tensor:
-    """Columns `at` of w, contiguous, with the feedback of the differences of all columns before them."""
-    if at.start == 0:
-        return w[:, at].contiguous()
-    return product(difference[:, : at.start], factor.unit[: at.start, at]).add_(w[:, at])
+def due(parts: list[slice], done: int) -> tuple[slice, slice]:
+    """Columns whose differences go on when `done` blocks are finished, and those they go to (none after the last).
+
+    A block's differences are not taken to all columns behind it at once: of t finished blocks the last p, p the
+    greatest power of two that divides t, are taken to the p blocks that come next, in one product.
+
+        blocks done   1    2    3    4    5    6    7
+        from         [0]  0-1  [2]  0-3  [4]  4-5  [6]
+        to           [1]  2-3  [3]  4-7  [5]  6-7  [7]
+
+    That is every pair of blocks once, as a recursive halving of the columns has them: half of all the work is in one
+    product of K/2 columns with K/2.
+    """
+    span = done & -done
+    stop = parts[done - 1].stop
+    return slice(parts[done - span].start, stop), slice(stop, parts[min(done + span, len(parts)) - 1].stop)
+
+
+class Feedback:
+    """The values of columns [N, K] compensated for the differences w - q of all columns before them, block by block."""
+
+    def __init__(self, w: Tensor, factor: Factor, blocks: list[slice]) -> None:
+        # A block's are final when it begins, and what was chosen when it is done.
+        self.values = large_empty(*w.shape, like=w).copy_(w)
+        self._w, self._factor, self._blocks, self._done = w, factor, blocks, 0
+        self._energy, self._squared = w.new_zeros(2, dtype=torch.float64).unbind()
+
+    def finish(self, before: Tensor, compensated: Tensor, chosen: Tensor) -> None:
+        """Take in what was chosen for the next block, all [N, B]; its `values` become these."""
+        at = self._blocks[self._done]
+        moved = before - chosen
+        unit = self._factor.unit
+        # What the block adds to tr(D H Dᵀ) of the damped Hessian: |D V|² by columns of V.
+        error = product(moved, unit[at, at]).add_(compensated).sub_(before).mul_(self._factor.diagonal[at])
+        self._energy += squared(error)
+        self._squared += squared(moved)
+        self.values[:, at] = chosen
+        self._done += 1
+        done, come = due(self._blocks, self._done)
+        if come.start < come.stop:
+            add_product(self.values[:, come], self._w[:, done], unit[done, come], less=self.values[:, done])
+
+    def ahead(self, at: slice) -> Tensor:
+        """Columns `at`, which may end behind the next block, with the feedback of the blocks that are done."""
+        if at.start == 0:
+            return self._w[:, at].contiguous()
+        done = slice(0, at.start)
+        return product(self._w[:, done] - self.values[:, done], self._factor.unit[done, at]).add_(self._w[:, at])
+
+    def undamped(self) -> float:
+        """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
+        without = self._energy - self._factor.added * self._squared
+        return float(torch.where(without > CANCELLED * self._energy, without, torch.nan))
 
 
 def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
@@ -43,14 +91,10 @@ def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
 
     `unit` is their block of V'. GPTQ as published keeps these values in place of `wc`.
     """
-    # Forward substitution, move_j = (wc - w)_j - Σ_{i<j} move_i V'_ij: the columns of a w of 0 that keeps every value.
-    move = (wc - w).contiguous()
-    ones = w.new_ones(len(unit))
-    everywhere = torch.ones_like(move, dtype=torch.bool)
-    solved, _ = ops.sparsegpt_block(
-        torch.zeros_like(move), move, unit.contiguous(), ones, everywhere, 0, 0, None, None, None, 0
-    )
-    return solved.add_(w)
+    # move_j = (wc - w)_j - Σ_{i<j} move_i V'_ij, which is move V' = wc - w.
+    eye = torch.eye(len(unit), device=unit.device)
+    inverse = torch.linalg.solve_triangular(unit, eye, upper=True, unitriangular=True)
+    return product(wc - w, inverse).add_(w)
 
 
 def gptq_columns(
@@ -65,55 +109,40 @@ def gptq_columns(
     """
     k = w.shape[1]
     if factor.order is not None:
-        w = w.index_select(1, factor.order)
+        w = take_columns(w, factor.order, large_empty(*w.shape, like=w))
         mask = None if mask is None else mask.index_select(1, factor.order)
-    q, difference = torch.empty_like(w), torch.empty_like(w)
     groups = grid.groups(None if dynamic else factor.order, k)
-    energy = w.new_zeros((), dtype=torch.float64)
-    for at in blocks(k, width):
-        if dynamic is None:
-            wc = compensated(w, difference, factor, at)
-        else:
-            wc = _start_groups(w, difference, factor, grid, at, dynamic)
-        before = w[:, at].contiguous()
+    parts = blocks(k, width)
+    state = Feedback(w, factor, parts)
+    for at in parts:
+        before, wc = w[:, at].contiguous(), state.values[:, at].contiguous()
+        if dynamic is not None:
+            _start_groups(w, wc, state, factor, grid, at, dynamic)
         unit = factor.unit[at, at].contiguous()
         kept = None if mask is None else mask[:, at].contiguous()
         chosen = ops.gptq_block(before, wc, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-        moved = before - chosen
-        q[:, at], difference[:, at] = chosen, moved
-        energy += _block_energy(moved, wc, before, unit, factor.diagonal[at])
+        state.finish(before, wc, chosen)
+    q = state.values
     if factor.order is not None:
-        q = q.index_select(1, factor.order.argsort())
-    return q, undamped(energy, difference, factor)
+        q = take_columns(q, factor.order.argsort(), w)
+    return q, state.undamped()
 
 
-def _start_groups(w: Tensor, difference: Tensor, factor: Factor, grid: Grid, at: slice, find: FindGrid) -> Tensor:
-    """Fill the grid of the groups that start inside columns `at`; returns those columns compensated."""
-    k, size, width = w.shape[1], grid.group_size, at.stop - at.start
+def _start_groups(
+    w: Tensor, wc: Tensor, state: Feedback, factor: Factor, grid: Grid, at: slice, find: FindGrid
+) -> None:
+    """Fill the grid of the groups that start inside columns `at`, whose compensated values are wc."""
+    k, size = w.shape[1], grid.group_size
     first, last = -(-at.start // size), -(-at.stop // size)
-    wide = at if first == last else slice(at.start, min(last * size, k))
-    wc = compensated(w, difference, factor, wide)
     if first < last:
-        values = optimal(w[:, wide], wc, factor.unit[wide, wide])
+        wide = slice(at.start, min(last * size, k))
+        values = optimal(w[:, wide], wc if wide == at else state.ahead(wide), factor.unit[wide, wide])
         found = find(values[:, first * size - at.start :].contiguous(), slice(first * size, wide.stop))
         grid.scales[:, first:last] = found.scales
         if grid.collapsed is not None and found.collapsed is not None:
             grid.collapsed[:, first:last] = found.collapsed
         if grid.zeros is not None and found.zeros is not None:
             grid.zeros[:, first:last] = found.zeros
-    return wc[:, :width].contiguous()
-
-
-def _block_energy(moved: Tensor, wc: Tensor, before: Tensor, unit: Tensor, diagonal: Tensor) -> Tensor:
-    """What a block adds to tr(D H Dᵀ) of the damped Hessian, as |D V|² by columns of V; a scalar."""
-    error = product(moved, unit).add_(wc).sub_(before).mul_(diagonal)
-    return squared(error)
-
-
-def undamped(energy: Tensor, difference: Tensor, factor: Factor) -> float:
-    """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
-    without = energy - factor.added * squared(difference)
-    return float(torch.where(without > CANCELLED * energy, without, torch.nan))
 
 
 def sparsegpt_columns(
@@ -125,12 +154,12 @@ def sparsegpt_columns(
     goes; n:m masks inside the kernel. With a grid, kept values are quantized in the same pass.
     """
     n, k = w.shape
-    q, difference = torch.empty_like(w), torch.empty_like(w)
     keep = torch.empty_like(w, dtype=torch.bool)
     groups = None if grid is None else grid.groups(None, k)
-    energy = w.new_zeros((), dtype=torch.float64)
-    for at in _pattern_blocks(k, pattern, width):
-        before, wc = w[:, at].contiguous(), compensated(w, difference, factor, at)
+    parts = _pattern_blocks(k, pattern, width)
+    state = Feedback(w, factor, parts)
+    for at in parts:
+        before, wc = w[:, at].contiguous(), state.values[:, at].contiguous()
         unit, diagonal = factor.unit[at, at].contiguous(), factor.diagonal[at].contiguous()
         kept, prune_n, prune_m = None, pattern.n, pattern.m
         if tail := (at.stop - at.start) % max(pattern.m, 1):
@@ -143,10 +172,8 @@ def sparsegpt_columns(
             None if grid is None else grid.scales, None if grid is None else grid.zeros,
             None if groups is None else groups[at], 0 if grid is None else grid.bits,
         )  # fmt: skip
-        moved = before - chosen
-        q[:, at], difference[:, at] = chosen, moved
-        energy += _block_energy(moved, wc, before, unit, diagonal)
-    return q, keep, undamped(energy, difference, factor)
+        state.finish(before, wc, chosen)
+    return state.values, keep, state.undamped()
 
 
 def _pattern_blocks(k: int, pattern: Pattern, width: int) -> list[slice]:
@@ -180,19 +207,19 @@ def descend(w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | Non
     Each column takes the grid value nearest to its optimum with all others fixed, which can only lower the objective:
     the column update of gptq_block, with rows of the Hessian (columns divided by its diagonal) for the feedback.
     """
-    q = q.clone()
     k = w.shape[1]
-    groups = grid.groups(None, k)
+    parts, groups = blocks(k), grid.groups(None, k)
     diagonal = damped.diagonal()
-    slope = product(w - q, damped)  # minus half the gradient
-    for index in range(passes):
-        for at in blocks(k):
-            before = q[:, at].contiguous()
+    for _ in range(passes):
+        start, q = q, large_empty(*q.shape, like=q).copy_(q)
+        slope = product(w - start, damped)  # minus half the gradient
+        for index, at in enumerate(parts, 1):
+            before = start[:, at].contiguous()
             target = before + slope[:, at] / diagonal[at]
             unit = (damped[at, at] / diagonal[at]).contiguous()
             kept = None if mask is None else mask[:, at].contiguous()
-            chosen = ops.gptq_block(before, target, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-            q[:, at] = chosen
-            rest = slice(at.stop if index == passes - 1 else 0, k)
-            slope[:, rest] += product(before - chosen, damped[at, rest])
+            q[:, at] = ops.gptq_block(before, target, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
+            done, come = due(parts, index)
+            if come.start < come.stop:
+                add_product(slope[:, come], start[:, done], damped[done, come], less=q[:, done])
     return q

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from llmkern import _large
-from llmkern._dense import full_fp32, half_product, on_host, product
+from llmkern._dense import full_fp32, half_product, on_host, product, take_columns
 from llmkern.solvers.problem import Problem
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
 # a GEMM to run at full speed on a CPU. On a GPU `add` takes four at a time.
 BLOCK = 256
+ROWS = 256  # of a product of the factorization: enough for its speed, and little of it is below the diagonal
 MAX_DAMP = 1.0
 
 
@@ -46,7 +47,7 @@ class Hessian:
             raise ValueError(f"Hessian: K must be an int >= 1, got {k!r}")
         self.k = k
         self.tokens = 0
-        self._sum = _large.zeros(k, device=device)
+        self._sum = _large.zeros(k, device)
         self._whole = True  # False while blocks below the diagonal are out of date
         self._checked = True  # False while nobody has looked whether the sum is finite
         self._factors: dict[tuple[str | None, float], Factor] = {}
@@ -158,25 +159,20 @@ class Hessian:
         """bool [K]: features that were 0 in every token."""
         return self.raw().diagonal() == 0
 
-    def damped(self, damp: float) -> Tensor:
-        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features."""
-        return self._arranged(damp, None, torch.float32)
+    def damped(self, damp: float, order: Tensor | None = None) -> Tensor:
+        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features.
 
-    def _arranged(self, damp: float, places: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`damped` with rows and columns in the order `places`, in the one new matrix that there is."""
-        raw = self.raw()
-        matrix = _large.zeros(self.k, dtype, self.device)
-        diagonal = (raw.diagonal() + damp * self.mean_diagonal()).masked_fill_(self.dead(), 1.0)
-        if places is None:
+        With `order`, int64 [K], of rows and columns in that order.
+        """
+        raw, dead = self.raw(), self.dead()
+        matrix = _large.empty(self.k, like=raw)
+        if order is None:
             matrix.copy_(raw)
         else:
-            # The matrix is symmetric: a gather of rows, which are contiguous, a transpose, and another such gather.
-            width = BLOCK if on_host(raw) else 4 * BLOCK
-            for start in range(0, self.k, width):
-                rows = raw.index_select(0, places[start : start + width]).T.contiguous()
-                matrix[:, start : start + width] = rows.index_select(0, places)
-            diagonal = diagonal.index_select(0, places)
-        matrix.diagonal().copy_(diagonal)
+            for rows, places in zip(matrix.split(ROWS), order.split(ROWS), strict=True):
+                take_columns(raw.index_select(0, places), order, rows)
+            dead = dead[order]
+        matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
         return matrix
 
     def mean_diagonal(self) -> float:
@@ -220,7 +216,7 @@ class Hessian:
         if count := int(self.dead().sum()):
             notes.append(Problem(f"{count} of {self.k} input features are 0 in every token: their weights become 0"))
         used, dtype = damp, torch.float32
-        while (upper := _upper_factor(self._arranged(used, places, dtype))) is None:
+        while (upper := _upper_factor(self.damped(used, places).to(dtype))) is None:
             if dtype == torch.float32:
                 dtype = torch.float64
                 continue
@@ -251,7 +247,7 @@ def _refuse_unless_finite(what: str, energies: Tensor) -> None:
 
 
 def _upper_factor(matrix: Tensor) -> Tensor | None:
-    """V upper triangular with V Vᵀ = matrix, which is overwritten; None if there is none.
+    """V upper triangular with V Vᵀ = matrix, which it may overwrite; None if there is none.
 
     A pivot within rounding of zero counts as none: what it would divide is noise.
     """
@@ -271,29 +267,42 @@ def _near_zero(pivots: Tensor, diagonal: Tensor) -> Tensor:
 
 
 def _upper_by_blocks(matrix: Tensor) -> Tensor | None:
-    """The same from the last column to the first, with most of the work in oneDNN's products.
+    """The same in place, from the last column to the first, with most of the work in oneDNN's products."""
+    return matrix.triu_() if _upper_columns(matrix, matrix.diagonal().clone(), 0, len(matrix)) else None
 
-    LAPACK gives Lᵀ L of the reversed matrix or L Lᵀ of this one, so blocks of columns go right to left: the diagonal
-    block by a small reversed Cholesky, what is above it by a triangular solve, and one GEMM takes out the blocks to
-    the right. A block is read once, before anything is written to it, so V takes the matrix's place.
+
+def _upper_columns(matrix: Tensor, diagonal: Tensor, start: int, stop: int) -> bool:
+    """Columns start to stop of V, in place of the matrix less what the columns of V behind `stop` make of it.
+
+    The right half, then what it takes out of the left half, then the left half, so that most of the work is in few
+    large products. `diagonal` is the whole matrix's. False if there is no factor. What is below the diagonal is not
+    looked at, and left as anything.
     """
-    k = len(matrix)
-    upper, wanted = matrix, matrix.diagonal().clone()
-    for start in range((k - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        stop = min(start + BLOCK, k)
-        at = slice(start, stop)
-        rest = matrix[:stop, at]
-        if stop < k:
-            rest = rest - product(upper[:stop, stop:], upper[at, stop:].T)
-        lower, info = torch.linalg.cholesky_ex(rest[start:].flip(0, 1))
-        corner = lower.flip(0, 1)
-        if int(info) or bool(_near_zero(corner.diagonal(), wanted[at])):
-            return None
-        upper[at, at] = corner
-        upper[stop:, at] = 0
-        if start:
-            # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
-            eye = torch.eye(stop - start, dtype=matrix.dtype)
-            inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
-            upper[:start, at] = product(rest[:start], inverse.T)
-    return upper
+    if stop - start <= BLOCK:
+        return _upper_block(matrix, diagonal, slice(start, stop))
+    blocks = -(-(stop - start) // BLOCK)
+    middle = start + (blocks + 1) // 2 * BLOCK
+    if not _upper_columns(matrix, diagonal, middle, stop):
+        return False
+    right = matrix[start:middle, middle:stop].contiguous()
+    for row in range(0, middle, ROWS):
+        rows = slice(row, min(row + ROWS, middle))
+        first = max(row, start)  # the columns before are below the diagonal
+        matrix[rows, first:middle] -= product(matrix[rows, middle:stop], right[first - start :].T)
+    return _upper_columns(matrix, diagonal, start, middle)
+
+
+def _upper_block(matrix: Tensor, diagonal: Tensor, at: slice) -> bool:
+    """A block of columns: the corner by LAPACK, whose L Lᵀ of the reversed corner is V Vᵀ, and what is above it."""
+    corner = matrix[at, at]
+    lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+    upper = lower.flip(0, 1)
+    if int(info) or bool(_near_zero(upper.diagonal(), diagonal[at])):
+        return False
+    corner.copy_(upper)
+    if at.start:
+        # A solve with this many right-hand sides takes longer than the small inverse, and is no more accurate.
+        eye = torch.eye(len(corner), dtype=matrix.dtype)
+        inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
+        matrix[: at.start, at] = product(matrix[: at.start, at], inverse.T)
+    return True

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import product
+from llmkern._dense import half_is_fast, on_host, product
 from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
+from llmkern.formats._base import row_parts
+from llmkern.formats.sparse24 import kept_bits
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import BLOCK, Hessian
 from llmkern.solvers.problem import Problem
@@ -37,7 +39,7 @@ def relative_loss(weight: Tensor, solved: Tensor, hessian: Hessian, lost: float 
     """tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ); 0 if both are 0. `lost`: the numerator, where it is known already."""
     if math.isnan(lost):
         lost = energy(weight - solved, hessian)
-    whole = energy(weight, hessian)
+    whole = rough_energy(weight, hessian)
     if whole <= 0:
         return 0.0 if lost <= 0 else math.inf
     return max(lost, 0.0) / whole
@@ -55,6 +57,27 @@ def energy(x: Tensor, hessian: Hessian) -> float:
         if start:
             moved.add_(product(x[:, :start], matrix[:start, at]), alpha=2)
         total += torch.dot(moved.view(-1), part.view(-1)).double()
+    return float(total)
+
+
+def rough_energy(x: Tensor, hessian: Hessian) -> float:
+    """`energy` to about four digits, at half its price where a CPU multiplies bf16 faster than fp32.
+
+    The diagonal, where a feature far greater than others has its share, is in fp32; what bf16 rounds of the rest is of
+    either sign, and averages out over the matrix.
+    """
+    if not (on_host(x) and half_is_fast()):
+        return energy(x, hessian)
+    matrix, width = hessian.raw(), 2 * BLOCK
+    starts = range(0, x.shape[1], width)
+    above = [matrix[: at + width, at : at + width].bfloat16().triu_(1 - at) for at in starts]
+    total = x.new_zeros((), dtype=torch.float64)
+    for rows in x.split(2 * BLOCK):
+        half = rows.bfloat16()
+        for part, own, columns in zip(above, matrix.diagonal().split(width), rows.split(width, 1), strict=True):
+            columns = columns.contiguous()
+            moved = (half[:, : len(part)].contiguous() @ part).float().addcmul_(columns, own, value=0.5)
+            total += 2 * torch.dot(moved.view(-1), columns.view(-1)).double()
     return float(total)
 
 
@@ -104,5 +127,12 @@ def pack_kept(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> PackedWeight:
 
 def is_24(mask: Tensor) -> bool:
     """True if no four consecutive columns (from a multiple of 4) keep more than two."""
-    quads = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 4)).view(mask.shape[0], -1, 4)
-    return not quads.numel() or int(quads.sum(-1, dtype=torch.uint8).max()) <= 2
+    if not mask.numel():
+        return True
+    most = 0
+    for rows in row_parts(mask):
+        bits = kept_bits(mask[rows])
+        # Bits 0 and 2, and bits 1 and 3, as two numbers of two bits; then their sum.
+        pairs = (bits & 5) + (bits >> 1 & 5)
+        most = max(most, int(((pairs & 3) + (pairs >> 2)).max()))
+    return most <= 2

@@ -1,0 +1,148 @@
+"""How the solvers divide a matrix: the values do not depend on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmkern import _dense
+from llmkern.formats import Int4Weight, Sparse24Int4Weight, Sparse24Weight, _base
+from llmkern.solvers import Hessian, columns, hessian, refit, solution
+from llmkern.solvers.grid import find_grid
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(5, 3, 2), (2100, 70, 40), (1500, 300, 200)])
+def test_add_product_of_parts(n: int, k: int, m: int) -> None:
+    out, a, b = random(n, m + 9), random(n, k + 5, seed=1), random(k + 3, m + 4, seed=2)
+    less = random(n, k, seed=3)
+    wanted = out.double()
+    wanted[:, 4 : 4 + m] += (a[:, 2 : 2 + k] - less).double() @ b[1 : 1 + k, 3 : 3 + m].double()
+    _dense.add_product(out[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_large_matrices_are_like_others() -> None:
+    like = torch.zeros(1)
+    for n, k in ((3, 5), (0, 7), (4096, 2049)):
+        matrix = _dense.large_empty(n, k, like=like)
+        assert (matrix.shape, matrix.dtype, matrix.is_contiguous()) == ((n, k), torch.float32, True)
+        assert float(matrix.fill_(2).sum()) == 2 * n * k
+    other = matrix.clone()
+    del matrix  # its memory goes with it
+    assert float(other[-1].sum()) == 2 * 2049
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_feedback_of_any_number_of_blocks(count: int) -> None:
+    """When a block begins, its values hold the differences of all columns before it, each once."""
+    n, k = 6, 8 * count - 3
+    w = random(n, k)
+    factor = Hessian(k).add(random(4 * k, k, seed=1)).factor(None, 0.01)
+    parts = columns.blocks(k, 8)
+    assert len(parts) == count
+    state = columns.Feedback(w, factor, parts)
+    difference = torch.zeros(n, k, dtype=torch.float64)
+    for at in parts:
+        wanted = w[:, at] + difference[:, : at.start] @ factor.unit[: at.start, at].double()
+        values = state.values[:, at].contiguous()
+        torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state.ahead(at), values, rtol=1e-5, atol=1e-5)
+        chosen = values.round()
+        state.finish(w[:, at].contiguous(), values, chosen)
+        difference[:, at] = w[:, at].double() - chosen
+        assert torch.equal(state.values[:, at], chosen)
+    damped = (factor.unit * factor.diagonal).double()
+    energy = (difference @ damped).square().sum() - factor.added * difference.square().sum()
+    assert state.undamped() == pytest.approx(float(energy), rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 255, 257, 700, 1300])
+def test_factor_of_any_size(k: int) -> None:
+    x = random(k + 50, k)
+    matrix = (x.T @ x).double() + torch.eye(k, dtype=torch.float64)
+    upper = hessian._upper_by_blocks(matrix.clone())
+    assert upper is not None
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper @ upper.T, matrix, rtol=1e-9, atol=1e-9)
+    # Equal features, here the first and the last, leave a pivot that is positive, but all rounding.
+    if k > 1:
+        equal = torch.eye(k)
+        equal[0, -1] = equal[-1, 0] = 1
+        equal[0, 0] += torch.finfo(torch.float32).eps
+        assert hessian._upper_by_blocks(equal) is None
+
+
+def test_descent_is_column_after_column() -> None:
+    n, k, size = 8, 700, 100
+    w = random(n, k)
+    damped = Hessian(k).add(random(2 * k, k, seed=1) @ (torch.eye(k) + random(k, k, seed=2) / k**0.5)).damped(0.01)
+    grid = find_grid(w, None, bits=4, group_size=size, symmetric=True, clip=None)
+    start = grid.nearest(w)
+    ours = columns.descend(w, start, damped, grid, None, passes=2)
+    q, h = start.double(), damped.double()
+    for _ in range(2):
+        for j in range(k):
+            scale = grid.scales[:, j // size].double()
+            best = q[:, j] + (w.double() - q) @ h[:, j] / h[j, j]
+            q[:, j] = (best / scale).round().clamp(-8, 7) * scale
+    assert ((ours - start).abs() > 1e-6).any(0).float().mean() > 0.5  # most columns have moved somewhere
+    assert ((ours - q).abs() < 1e-4).float().mean() > 0.98  # ties fall either way
+
+
+def test_refit_by_parts_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, mask = random(50, 60), random(50, 60, seed=1) > 0
+    damped = Hessian(60).add(random(200, 60, seed=2)).damped(0.01)
+    whole = refit.refit(w, w, mask, damped, 60)
+    monkeypatch.setattr(refit, "ROWS", 7)
+    torch.testing.assert_close(refit.refit(w, w, mask, damped, 60), whole, rtol=1e-4, atol=1e-5)
+    for row in (0, 13, 49):
+        kept = mask[row]
+        wanted = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ w[row])
+        torch.testing.assert_close(whole[row, kept], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 700])
+def test_rough_energy(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 is good for four digits, also where one feature has nearly all of the energy."""
+    monkeypatch.setattr(solution, "half_is_fast", lambda: True)
+    k = 600
+    for greatest in (1, 1000):
+        x = random(2 * k, k) @ (torch.eye(k) + random(k, k, seed=1) / k**0.5)
+        x[:, 77] *= greatest
+        state = Hessian(k).add(x)
+        w = random(n, k, seed=2)
+        exact = float(((w.double() @ state.raw().double()) * w).sum())
+        assert solution.rough_energy(w, state) == pytest.approx(exact, rel=1e-3 if n < 100 else 1e-4)
+        assert solution.energy(w, state) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [64, 70])
+def test_packing_by_parts_of_rows(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = random(37, k)
+    mask = torch.ones(37, k, dtype=torch.bool)
+    mask[:, 1::4] = mask[:, 2::4] = False
+
+    def pack() -> list[torch.Tensor]:
+        packed = (
+            Int4Weight.pack(w, group_size=32, symmetric=False),
+            Sparse24Weight.pack(w * mask),
+            Sparse24Weight.pack(w * mask, mask=mask, dtype=torch.int8),
+            Sparse24Int4Weight.pack(w * mask, mask=mask, group_size=32),
+        )
+        return [tensor for weight in packed for tensor in weight.tensors().values()]
+
+    whole = pack()
+    assert solution.is_24(mask)
+    monkeypatch.setattr(_base, "PART", 5 * k)
+    assert len(_base.row_parts(w)) == 8
+    assert all(torch.equal(one, other) for one, other in zip(whole, pack(), strict=True))
+    mask[33, 4:7] = True
+    assert not solution.is_24(mask)
+    with pytest.raises(ValueError, match=r"row 33 keeps more than two of columns 4\.\.7"):
+        Sparse24Weight.pack(w * mask, mask=mask)
+    with pytest.raises(ValueError, match=r"mask must be \[37, "):
+        Sparse24Weight.pack(w * mask, mask=mask[:30])
