@@ -58,7 +58,7 @@ def test_problems_of_the_data_are_named_and_strict_refuses_them(case, method, mo
     x, changes, text = CASES[case]
     if case == "fp64":  # where fp32 gives up depends on how a machine adds
         factor = hessian._upper_factor
-        in_fp64 = lambda matrix, places, dtype: None if dtype == torch.float32 else factor(matrix, places, dtype)  # noqa: E731
+        in_fp64 = lambda matrix: None if matrix.dtype == torch.float32 else factor(matrix)  # noqa: E731
         monkeypatch.setattr(hessian, "_upper_factor", in_fp64)
     recipe = llmkern.Recipe.parse(method, **changes)
     model = tiny.mlp()
