@@ -211,3 +211,12 @@ def test_hooks_are_gone_even_after_an_error():
 
 def _raise():
     raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_learning_needs_no_logits(kind):
+    model = tiny.MODELS[kind]()
+    model.get_output_embeddings().register_forward_hook(lambda *args: pytest.fail("the head ran"))
+    chains, irregular = blocks.learn(model, lambda: model(**tiny.inputs(kind, tiny.token_ids(1))))
+    assert [len(chain.blocks) for chain in chains] == ([3] if kind == "llama" else [2, 2])
+    assert irregular == []

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from llmkern.checkpoint import load, save
     from llmkern.patching import patch, unpatch
     from llmkern.pipeline import compress
+    from llmkern.planning import plan
     from llmkern.recipe import Recipe
     from llmkern.report import Report
+    from llmkern.streaming import stream
 
 __all__ = [
     "Recipe",
@@ -31,8 +33,10 @@ __all__ = [
     "load",
     "ops",
     "patch",
+    "plan",
     "save",
     "solvers",
+    "stream",
     "unpatch",
     "why",
 ]
@@ -46,7 +50,9 @@ _LAZY = {
     "compress": "pipeline",
     "load": "checkpoint",
     "patch": "patching",
+    "plan": "planning",
     "save": "checkpoint",
+    "stream": "streaming",
     "unpatch": "patching",
 }
 

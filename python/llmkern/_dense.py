@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -131,20 +132,24 @@ def squared(x: Tensor) -> Tensor:
 
 @contextmanager
 def dense_by_onednn(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; gradients go to inputs only."""
+    """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; gradients go to inputs only.
+
+    Nothing here keeps a layer alive: one that is replaced meanwhile takes its dense weight with it.
+    """
     op = _onednn()
-    taken = []
+    taken: list[weakref.ref[nn.Module]] = []
     if op is not None:
         for layer in model.modules():
             # A forward set on the instance (by a library that moves weights) must stay in charge.
             if type(layer) is nn.Linear and "forward" not in vars(layer):
-                layer.forward = partial(_forward, layer, op)  # type: ignore[method-assign]
-                taken.append(layer)
+                layer.forward = partial(_forward, weakref.proxy(layer), op)  # type: ignore[method-assign, arg-type]
+                taken.append(weakref.ref(layer))
     try:
         yield
     finally:
-        for layer in taken:
-            del layer.forward
+        for reference in taken:
+            if (alive := reference()) is not None:
+                del alive.forward
 
 
 class _Product(torch.autograd.Function):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,14 +58,23 @@ class Chain:
 
     def call(self, k: int, captured: dict[int, Call], hidden: Tensor | None) -> Call:
         """The arguments of block k on this hidden state; `captured` maps kinds to calls of the same batch."""
-        args, kwargs = captured[self.kind[k]]
+        return self.join(captured[self.kind[k]], hidden)
+
+    def join(self, call: Call, hidden: Tensor | None) -> Call:
+        """The call with this hidden state in its place."""
+        args, kwargs = call
         if isinstance(self.hidden, int):
             return Call((*args[: self.hidden], hidden, *args[self.hidden + 1 :]), kwargs)
         return Call(args, {**kwargs, self.hidden: hidden} if self.hidden is not None else kwargs)
 
-    def frame(self, captured: dict[int, Call]) -> dict[int, Call]:
-        """The calls without their hidden states, which `call` puts in: what is kept does not hold them in memory."""
-        return {k: self.call(k, captured, None) for k in captured}
+    def split(self, call: Call) -> tuple[Call, Tensor | None]:
+        """The call without its hidden state, and the hidden state; None where it has none, and the call as it is."""
+        args, kwargs = call
+        if isinstance(self.hidden, int):
+            hidden = args[self.hidden] if self.hidden < len(args) else None
+        else:
+            hidden = kwargs.get(self.hidden) if self.hidden is not None else None
+        return (self.join(call, None), hidden) if isinstance(hidden, Tensor) else (call, None)
 
 
 def find_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -83,7 +93,8 @@ def find_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[str]]:
     """Run the whole model once by `run()`; return its chains in the order they ran, and the blocks that are no chain.
 
-    The latter are the names of blocks that ran more than once in a forward (shared weights), or not at all.
+    The latter are the names of blocks that ran more than once in a forward (shared weights), or not at all. The pass
+    ends at the output head: its logits would be the largest tensor of the whole run.
     """
     lists = find_lists(model)
     calls: dict[str, list[tuple[Call, Any]]] = {}
@@ -92,8 +103,15 @@ def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[s
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         calls.setdefault(names[block], []).append((Call(args, kwargs), output))
 
-    with _hooks(block.register_forward_hook(record, with_kwargs=True) for block in names):
-        run()
+    def stop(head: nn.Module, args: tuple) -> None:
+        raise Stop
+
+    hooks = [partial(block.register_forward_hook, record, with_kwargs=True) for block in names]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, nn.Module):
+        hooks.append(partial(head.register_forward_pre_hook, stop))
+    with _hooks(hook() for hook in hooks):
+        stopped(run)
     chains, irregular = [], []
     order = {name: at for at, name in enumerate(calls)}
     for name, blocks in lists:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -105,9 +106,12 @@ def _config(model: nn.Module) -> Any:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache; every module's own mode and the configuration as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    # Weak: a dense layer that is replaced meanwhile should not stay in memory.
+    modes = [(weakref.ref(module), module.training) for module in model.modules()]
     # An encoder-decoder's stacks have configurations of their own.
-    configs = {id(config): config for module, _ in modes if getattr(config := _config(module), "use_cache", None)}
+    configs = {
+        id(config): config for module in model.modules() if getattr(config := _config(module), "use_cache", None)
+    }
     model.eval()
     for config in configs.values():
         config.use_cache = False
@@ -116,8 +120,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for config in configs.values():
             config.use_cache = True
-        for module, mode in modes:
-            module.training = mode
+        for reference, mode in modes:
+            if (alive := reference()) is not None:
+                alive.training = mode
 
 
 def move_call(call: Call, device: torch.device) -> Call:

@@ -16,8 +16,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import expert_tensors, experts
+from llmkern import expert_tensors, experts, streaming
 from llmkern._files import flush
 from llmkern._version import __version__
 from llmkern.formats import PackedWeight, gptq_checkpoint
@@ -33,10 +34,13 @@ from llmkern.formats import compressed_tensors as ct
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import swap_all
 from llmkern.report import Report
+from llmkern.weight_files import parameters_on_meta
+from llmkern.weight_writer import Later, write
 
 FORMATS = ("compressed-tensors", "gptq", "dense")
 FORMAT_VERSION = 1
 META, WEIGHTS, EXTRA = "llmkern.json", "model.safetensors", "llmkern.safetensors"
+LARGE = 1 << 20  # bytes
 MARK = ".llmkern-"  # in the names of temporary siblings
 
 
@@ -92,9 +96,9 @@ def save(
     }
     with _whole_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _write_tensors(folder / WEIGHTS, tensors)
+        write(folder / WEIGHTS, tensors, {"format": "pt"})
         if extra:
-            _write_tensors(folder / EXTRA, extra)
+            write(folder / EXTRA, extra, {"format": "pt"})
         if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         if tokenizer is not None:
@@ -151,8 +155,8 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
     """Tensors, extra tensors, the entries of llmkern.json, (layer, scheme, activations) of those with codes, and why
     other readers cannot read some.
     """
-    tensors: dict[str, Tensor] = {}
-    extra: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Later] = {}
+    extra: dict[str, Tensor | Later] = {}
     layers: dict[str, Any] = {}
     schemes: Schemes = []
     unread: dict[str, str] = {}
@@ -161,14 +165,12 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             continue
         packed = layer.packed
         if format == "dense":
-            dense = packed.unpack(_model_dtype(model))
-            tensors[f"{name}.weight"] = dense.T.contiguous() if layer.conv1d else dense
+            shape = torch.Size(packed.shape[::-1] if layer.conv1d else packed.shape)
+            dtype = _model_dtype(model)
+            tensors[f"{name}.weight"] = Later(dtype, shape, partial(_dense, layer, dtype))
             continue
         try:
-            if format == "gptq":
-                stored = gptq_checkpoint.encode(packed)
-            else:
-                stored = ct.encode(packed, activations=layer.activations)
+            stored = _encode(layer, format)
         except ValueError as error:
             raise ValueError(f"save: layer {name}: {error}") from None
         if stored.scheme is not None:
@@ -177,9 +179,7 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
                 unread[name] = "it is a Conv1D"
             elif packed.shape[1] % packed.group_size:
                 unread[name] = f"K={packed.shape[1]} is not a multiple of group_size {packed.group_size}"
-        elif layer.conv1d:
-            stored = stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in stored.tensors.items()}
+        tensors |= {f"{name}.{key}": _or_later(t, layer, format, key) for key, t in stored.tensors.items()}
         extra |= {f"{name}.{key}": tensor for key, tensor in stored.extra.items()}
         layers[name] = {
             "class": layer.format,
@@ -190,6 +190,29 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             "method": layer.method,
         }
     return tensors, extra, layers, schemes, unread
+
+
+def _encode(layer: PackedLinear, format: str) -> ct.Stored:
+    """A layer in the layout of a format. ValueError for what the format cannot hold."""
+    if format == "gptq":
+        return gptq_checkpoint.encode(layer.packed)
+    stored = ct.encode(layer.packed, activations=layer.activations)
+    if stored.scheme is None and layer.conv1d:
+        return stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
+    return stored
+
+
+def _dense(layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+    dense = layer.packed.unpack(dtype)
+    return dense.T.contiguous() if layer.conv1d else dense
+
+
+def _or_later(tensor: Tensor, layer: PackedLinear, format: str, key: str) -> Tensor | Later:
+    """The tensor; one that is large and no part of the layer is made again when it is written."""
+    own = {part.untyped_storage().data_ptr() for part in layer.packed.tensors().values()}
+    if tensor.nbytes < LARGE or tensor.untyped_storage().data_ptr() in own:
+        return tensor
+    return Later(tensor.dtype, tensor.shape, lambda: _encode(layer, format).tensors[key])
 
 
 def _warn_of(unread: dict[str, str]) -> None:
@@ -225,7 +248,7 @@ def _group(schemes: Schemes) -> list[tuple[dict[str, Any] | None, str | None, li
     return list(groups.values())
 
 
-def _other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _other_tensors(model: nn.Module) -> tuple[dict[str, Tensor | Later], dict[str, str]]:
     """Every tensor that is no packed weight, and which names are only other names of a parameter (name -> first)."""
     packed = _packed_names(model)
     first: dict[int, str] = {}
@@ -234,8 +257,14 @@ def _other_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
         known = first.setdefault(id(parameter), name)
         if known != name:
             tied[name] = known
-    state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if name not in packed and name not in tied}, tied
+    rest: dict[str, Tensor | Later] = {}
+    for name, tensor in model.state_dict().items():
+        if name in packed or name in tied:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        read = partial(streaming.parameter, model.get_submodule(owner), leaf)
+        rest[name] = Later(tensor.dtype, tensor.shape, read) if tensor.is_meta else tensor
+    return rest, tied
 
 
 def _packed_names(model: nn.Module) -> set[str]:
@@ -267,20 +296,6 @@ def _untied_head(model: nn.Module) -> str | None:
 def _model_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the first float parameter: that of the embeddings."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    own = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        # The file format refuses tensors that share memory.
-        own[name] = tensor.clone() if tensor.data_ptr() in seen and tensor.numel() else tensor
-        seen.add(tensor.data_ptr())
-    # One entry alone: the library writes several in an order that changes, and equal models are to be equal files.
-    save_file(own, path, metadata={"format": "pt"})
 
 
 @contextmanager
@@ -376,31 +391,11 @@ def _skeleton(folder: Path, class_name: str) -> Any:
     config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = kind._from_config(config)
     if (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside hold meta parameters: no memory, no random initialisation; buffers are real.
-
-    `torch.device("meta")` would also swallow the buffers that no file holds (rotary frequencies).
-    """
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _restore_layer(

@@ -27,7 +27,7 @@ from llmkern.blocks import Call, SharedInputs
 from llmkern.fisher import Sensitivity
 from llmkern.nn import dense_weight
 from llmkern.solved import Solved, decode, encode
-from llmkern.solvers import Hessian
+from llmkern.solvers import Hessian, OutputHessian
 
 T = TypeVar("T")
 # What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
@@ -143,8 +143,10 @@ class Team(Alone):
 
     def add_up(self, found: Sensitivity) -> None:
         """The sums over all ranks, of a layer at a time."""
-        for output in found.outputs.values():
+        for name, size in found.sizes.items():
+            output = found.outputs.get(name) or OutputHessian(size, self._wire)
             output.parts = [self._summed(part) for part in output.parts]
+            found.outputs[name] = output
         found.settle(self.each(found.totals))
 
     def data_free(self, parts: list[list[str]]) -> list[Group]:

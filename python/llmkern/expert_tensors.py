@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llmkern.experts import Experts
+from llmkern.weight_writer import Later
 
 
-def fuse(tensors: dict[str, Tensor], mixtures: Mapping[str, Experts]) -> list[str]:
+def fuse(tensors: dict[str, Tensor | Later], mixtures: Mapping[str, Experts]) -> list[str]:
     """Bring the mixtures (name -> module) into the model's own layout where plain weights of one dtype are all there
     is; the names of the others, which stay as they are.
     """
@@ -25,17 +26,29 @@ def fuse(tensors: dict[str, Tensor], mixtures: Mapping[str, Experts]) -> list[st
         parts = _parts(home, mixture)
         if not all(name in tensors for names in parts.values() for name in names) or any(
             # Codes stored as plain int8 have their scales beside them.
-            len({tensors[name].dtype for name in names}) > 1 or not tensors[names[0]].is_floating_point()
+            len({tensors[name].dtype for name in names}) > 1 or not tensors[names[0]].dtype.is_floating_point
             for names in parts.values()
         ):
             left.append(home)
             continue
         for whole, names in parts.items():
             own = [tensors.pop(name) for name in names]
-            tensors[whole] = torch.stack([t.T if mixture.transposed and t.ndim == 2 else t for t in own])
+            tensors[whole] = _stacked(own, mixture.transposed)
         for name in [name for name in tensors if name.startswith(f"{home}.gating.")]:
             tensors[f"{home}.{name.removeprefix(f'{home}.gating.')}"] = tensors.pop(name)
     return left
+
+
+def _stacked(parts: list[Tensor | Later], transposed: bool) -> Later:
+    """The parts as one tensor, made when it is written."""
+    turned = transposed and len(parts[0].shape) == 2
+    shape = torch.Size((len(parts), *(parts[0].shape[::-1] if turned else parts[0].shape)))
+
+    def make() -> Tensor:
+        made = [part if isinstance(part, Tensor) else part.make() for part in parts]
+        return torch.stack([tensor.T if turned else tensor for tensor in made])
+
+    return Later(parts[0].dtype, shape, make)
 
 
 def split(tensors: dict[str, Tensor], mixtures: Mapping[str, Experts]) -> None:

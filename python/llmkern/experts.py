@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmkern.nn import PackedLinear
+from llmkern.nn import BLOCK_MARK, PackedLinear
 
 # The difference from the fused module's output, relative to its norm, that rounding may make.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -61,6 +61,9 @@ class Experts(nn.Module):
         self.mode: Mode | None = None  # while inputs are collected
         # Past nn.Module.__setattr__: registered, the 3-D parameters would be part of the state dict.
         object.__setattr__(self, "fused", fused)
+        if (block := vars(fused).get(BLOCK_MARK)) is not None:
+            for module in self.modules():
+                object.__setattr__(module, BLOCK_MARK, block)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens [T, H], the experts of each int64 [T, k] and their weights [T, k] -> [T, H].
@@ -108,6 +111,19 @@ class Experts(nn.Module):
     def projections(self, at: int) -> dict[str, nn.Module]:
         """The linear layers of one expert by name."""
         return dict(self.get_submodule(str(at)).named_children())
+
+    def renew(self) -> None:
+        """View the parameters of `fused` again, which are others now: they were read from a file, or given back."""
+        assert self.fused is not None
+        for at in range(self.num_experts):
+            for name, layer in self.projections(at).items():
+                layer._parameters.update(_linear(self.fused, name, at)._parameters)
+        own = self.gating._parameters
+        own.update({name: self.fused._parameters[name] for name in own})
+
+    def difference(self) -> str:
+        """How the outputs of `fused` differ; empty if they agree up to rounding (or the weights have no values yet)."""
+        return "" if self.fused is None else _difference(self.fused, self)
 
     def _expert(self, at: int, x: Tensor) -> Tensor:
         """[t, H] -> [t, H], without the token's weight."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmkern._version import __version__
 from llmkern.blocks import Call
 from llmkern.recipe import Recipe
+from llmkern.streaming import is_streamed, values_of
 
 READERS = 4  # threads that read a model; each may hold one tensor's copy from another device
 
@@ -33,8 +34,11 @@ def fingerprint(
         "tensors": _digest([name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors),
     }
     if values:
-        with ThreadPoolExecutor(READERS) as pool:  # hashing lets go of the interpreter
-            about["values"] = _digest(pool.map(_digest, (tensor for _, tensor in tensors)))
+        if is_streamed(model):
+            about["values"] = _digest(map(_digest, values_of(model)))
+        else:
+            with ThreadPoolExecutor(READERS) as pool:  # hashing lets go of the interpreter
+                about["values"] = _digest(pool.map(_digest, (tensor for _, tensor in tensors)))
     return {
         "llmkern": __version__,
         "torch": torch.__version__,

@@ -29,6 +29,7 @@ from llmkern.blocks import Call, find_lists
 from llmkern.calibration import rows_that_count
 from llmkern.nn import dense_weight
 from llmkern.solvers.output import OutputHessian
+from llmkern.streaming import held
 
 # Tokens per forward where a batch can be divided: the logits of each are in memory twice.
 TOKENS = 1024
@@ -47,14 +48,15 @@ class Sensitivity:
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.outputs = {
-            name: OutputHessian(len(dense_weight(layer)), dense_weight(layer).device) for name, layer in layers.items()
-        }
+        self.sizes = {name: len(dense_weight(layer)) for name, layer in layers.items()}
+        self.outputs: dict[str, OutputHessian] = {}  # of those that a gradient came to
         self.tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._calls: dict[str, list[Tensor]] = {}
 
     def see(self, name: str, gradient: Tensor) -> None:
         """Add the gradient [..., N] by a layer's outputs in one call."""
+        if name not in self.outputs:
+            self.outputs[name] = OutputHessian(self.sizes[name], gradient.device)
         self.outputs[name].add(gradient)
         self._calls.setdefault(name, []).append(gradient.float().square().sum(-1))
 
@@ -193,7 +195,9 @@ def _blocks_run_again(model: nn.Module) -> Iterator[None]:
     for _, blocks in find_lists(model):
         for block in blocks:
             if "forward" not in vars(block):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                block.forward = partial(
+                    checkpoint, partial(_run, block, block.forward), use_reentrant=False, preserve_rng_state=False
+                )
                 taken.append(block)
     try:
         yield
@@ -202,14 +206,20 @@ def _blocks_run_again(model: nn.Module) -> Iterator[None]:
             del block.forward
 
 
+def _run(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The block's forward, also where its weights are in files: nothing else reads them when it runs again."""
+    with held(block):
+        return forward(*args, **kwargs)
+
+
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter has a gradient."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in before:
+    before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in before:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
+        for parameter in before:
+            parameter.requires_grad_(True)

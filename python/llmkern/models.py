@@ -32,10 +32,7 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
         model, tokenizer = _load_smollm2()
         return Loaded(model.to(device) if device is not None else model, tokenizer)
     folder = Path(name).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model {name!r}: no config.json there, so not a model folder")
-    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"model {name!r}: no such folder")
+    refuse_missing(name, folder)
     if (folder / "llmkern.json").is_file():
         from llmkern.checkpoint import load
 
@@ -47,6 +44,14 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
     except OSError as error:
         raise OSError(f"model {name!r}: {error}") from error
     return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
+
+
+def refuse_missing(name: str, folder: Path) -> None:
+    """FileNotFoundError where `name` can only be a folder and is none, or one without a config.json."""
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model {name!r}: no config.json there, so not a model folder")
+    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"model {name!r}: no such folder")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -94,3 +99,45 @@ def need_transformers() -> None:
     """Raise ImportError with the command that installs transformers, if it is missing."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError(f"loading a model needs transformers >= 5: {HF_INSTALL}")
+
+
+def open_streamed(name: str) -> Loaded:
+    """A local folder of dense safetensors, its blocks left in the files until they are needed (`llmkern.stream`)."""
+    from llmkern.streaming import stream
+
+    return Loaded(stream(Path(name).expanduser()), load_tokenizer(name))
+
+
+def open_skeleton(name: str) -> Any:
+    """The model of `name` without its weights: parameters on the meta device, shapes and dtypes as when it is loaded.
+
+    For a folder, the headers of its files are checked against the model. Raises as `load_model` does, and ValueError
+    for a checkpoint that is quantized already.
+    """
+    need_transformers()
+    from transformers import AutoConfig
+
+    from llmkern import weight_files
+
+    if name == "smollm2":
+        gguf = smollm2_file()
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return weight_files.skeleton(config, torch.float32)
+    folder = Path(name).expanduser()
+    refuse_missing(name, folder)
+    if (folder / "llmkern.json").is_file():
+        raise ValueError(f"model {name!r}: it is compressed already; wanted a dense checkpoint")
+    if not folder.exists():
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except OSError as error:
+            raise OSError(f"model {name!r}: {error}") from error
+        weight_files.refuse_quantized(config, name)
+        return weight_files.skeleton(config, getattr(config, "dtype", None) or torch.float32)
+    config = weight_files.read_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        return weight_files.skeleton(config, getattr(config, "dtype", None) or torch.float32)
+    files = weight_files.Files(folder)
+    model = weight_files.skeleton(config, files.dtype(config), folder)
+    files.check(model, weight_files.Reader(model, files).targets(model)[0])
+    return model

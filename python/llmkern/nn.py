@@ -45,6 +45,10 @@ class NoWeight:
         raise TypeError(f"{getattr(func, '__name__', func)}: a packed layer has no dense weight; see its unpack()")
 
 
+# On every module inside a block that is read from files when it is needed: that block (`llmkern.streaming`).
+BLOCK_MARK = "_llmkern_block"
+
+
 class PackedLinear(nn.Module):
     """y = x @ Wᵀ + bias with W [N, K] in a packed format; x [..., K] fp32, bf16 or fp16.
 

@@ -134,6 +134,9 @@ def solve_and_keep(
 ) -> tuple[PackedLinear, Row, Solution]:
     """As `solve_layer`, with the solution, whose dense weight a caller may still want to run."""
     start, weight = time.perf_counter(), dense_weight(layer)
+    if weight.data_ptr() % 64:
+        # A view of a mapped file may start anywhere, and sums over it round otherwise than over memory of our own.
+        weight = weight.clone()
     try:
         solution = solve(weight, hessian, recipe, output)
     except (ValueError, TypeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,11 +13,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmkern import blocks, experts, listed_experts
 from llmkern._dense import dense_by_onednn
 from llmkern._progress import Progress
+from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, SharedInputs
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
 from llmkern.distributed import Group, team
@@ -32,6 +33,7 @@ from llmkern.report import Report, Row, model_bytes
 from llmkern.solved import Solved, decode
 from llmkern.stages import split, stages
 from llmkern.state import NoState, State
+from llmkern.streaming import held, is_streamed
 
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 # Dense bytes of the layers that one part of a state holds where there are no blocks: fewer are not worth the flushing.
@@ -49,14 +51,15 @@ UNMASKED = "its input is not laid out as the attention_mask: tokens of padding c
 def compress(
     model: nn.Module, recipe: str | Recipe, calibration: Calibration | None = None, *,
     device: torch.device | str | None = None, state_dir: str | Path | None = None, strict: bool = False,
-    progress: bool = True,
+    progress: bool = True, activation_budget: int | None = None,
 ) -> Report:  # fmt: skip
     """Compress the linear layers of `model` in place, as `recipe` says, and report on every one.
 
     calibration: token ids [n, L]; an iterable of batches (tensors, or mappings of the model's arguments); or a callable
     that runs the model it is given, whose calls are recorded. Tokens that an attention_mask hides do not count. None is
     fine for data-free recipes. device: where blocks run and are solved (default: where they are); the model stays where
-    it is otherwise. progress: a bar on stderr.
+    it is otherwise. progress: a bar on stderr. activation_budget: bytes of hidden states that stay in memory between
+    blocks, those beyond it go to a temporary file; None is a quarter of the memory that is available.
 
     state_dir: a folder in which every finished block becomes durable. The same call on the dense model, after the
     process was killed, goes on from there, and the result is the same bit for bit; the folder of another model, recipe,
@@ -79,6 +82,8 @@ def compress(
     start, before = time.perf_counter(), model_bytes(model)
     report = Report(str(recipe), details=recipe.to_dict(), model_bytes_before=before)
     if recipe.method == "cast":
+        if is_streamed(model):
+            raise ValueError(f"compress: {recipe} changes the whole model, so it cannot be streamed; load it whole")
         _cast(model, recipe, report)
         if state_dir is not None:
             report.notes.append(f"{recipe} is done at once: state_dir was not used")
@@ -87,7 +92,7 @@ def compress(
             chosen, report.skipped = choose(model, recipe, "compress")
             notes = notes_on(model, chosen)
             experts.settle(model, busy={model.get_submodule(name) for name in chosen})
-            run = _Run(model, chosen, report, device, strict, progress, recipe.experts == "all")
+            run = _Run(model, chosen, report, device, strict, progress, activation_budget, recipe.experts == "all")
             needs_data = any(wanted.needs_calibration for wanted in chosen.values())
             with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
                 batches = calls_of(model, calibration) if needs_data else []
@@ -112,10 +117,10 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, chosen: dict[str, Recipe], report: Report, device: Any, strict: bool, progress: bool,
-        everything: bool,
+        activation_budget: int | None, everything: bool,
     ) -> None:  # fmt: skip
         self.model, self.chosen, self.report, self.strict = model, chosen, report, strict
-        self.everything = everything
+        self.everything, self.activation_budget = everything, activation_budget
         self.device = None if device is None else torch.device(device)
         self.team = team(model)
         self.bar = Progress(report.recipe, len(chosen), progress and self.team.rank == 0)
@@ -144,6 +149,8 @@ class _Run:
         self.done = frozenset(parts)
         self.report.notes += notes
         if self.team.size > 1:
+            if is_streamed(self.model):
+                raise ValueError("compress: several ranks cannot share a streamed model; load it whole, or use one")
             self.report.notes.append(f"calibrated and solved on {self.team.size} ranks")
         return self.state
 
@@ -222,32 +229,40 @@ class _Run:
             return {name for found in names for name in found}
         # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
         first = max(k for k in range(durable + 1) if not chain.follows[k])
-        captured = [self._capture(chain, batch, kinds) for batch in self.batches]
-        calls = [found[0] for found in captured]
-        captured = [chain.frame(found) for found in captured]
-        hidden: list[Tensor] = []
-        for k in range(last + 1):
-            if k < first:
-                self._skip(chain, k, names[k])
-                continue
-            if chain.follows[k]:
-                calls = [chain.call(k, found, h) for found, h in zip(captured, hidden, strict=True)]
-            elif k:
-                calls = [self._capture(chain, batch, [k])[k] for batch in self.batches]
-            feeds_next = k < last and chain.follows[k + 1]
-            layers = {name: self.model.get_submodule(name) for name in names[k]}
-            hidden = self._block(chain.names[k], chain.blocks[k], layers, calls, feeds_next)
+        with Store(self.activation_budget) as hidden:
+            frames = self._enter(chain, kinds, hidden)
+            for k in range(last + 1):
+                if k < first:
+                    self._skip(chain, k, names[k])
+                    continue
+                own = [frame[chain.kind[k]] for frame in frames] if chain.follows[k] or not k else []
+                if not own:
+                    own = [frame[k] for frame in self._enter(chain, [k], hidden)]
+                feeds_next = k < last and chain.follows[k + 1]
+                layers = {name: self.model.get_submodule(name) for name in names[k]}
+                with held(chain.blocks[k]):
+                    self._block(chain.names[k], chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next)
         return {name for found in names for name in found}
+
+    def _enter(self, chain: Chain, which: list[int], hidden: Store) -> list[dict[int, Call]]:
+        """Run the model up to these blocks: their calls per batch without hidden states; the first's is stored."""
+        frames = []
+        for at, batch in enumerate(self.batches):
+            found = {}
+            for k, call in blocks.capture(chain, self._bound(self.model, batch), which).items():
+                found[k], state = chain.split(call)
+                if k == which[0]:
+                    hidden.put(at, state)
+            frames.append(found)
+        return frames
 
     def _skip(self, chain: Chain, k: int, names: list[str]) -> None:
         """Put the packed layers of a finished block in place, whose outputs nobody needs."""
         self._swap(self._restored(chain.names[k], names))
         experts.settle(chain.blocks[k])
 
-    def _block(
-        self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: list[Call], feeds_next: bool
-    ) -> list[Tensor]:
-        """Compress one block on these calls; with `feeds_next`, the hidden states it hands on."""
+    def _block(self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool) -> None:
+        """Compress one block on these calls; with `feeds_next`, what it hands on takes the place of its inputs."""
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         device = self.device or home
         block.to(device)
@@ -269,15 +284,13 @@ class _Run:
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
         self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
-        hidden = []
         if feeds_next:
-            for call in calls:
+            for at, call in enumerate(calls):
                 args, kwargs = move_call(call, device)
-                hidden.append(move(blocks.hidden_state(block(*args, **kwargs)), home))
+                calls.hidden.put(at, move(blocks.hidden_state(block(*args, **kwargs)), home))
         self._swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
         experts.settle(block)
         block.to(home)
-        return hidden
 
     def _stages(
         self, layers: dict[str, nn.Module], first: Callable[[], Any], mixtures: list[Experts | ListedExperts]
@@ -347,7 +360,8 @@ class _Run:
                     raise ValueError(f"compress: layer {name} saw no calibration tokens; {REMEDIES}")
                 recipe = self.chosen[name]
                 output = self.sensitivity.take(name) if self.sensitivity and recipe.by_model else None
-                packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, recipe, output)
+                with held(layer):
+                    packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, recipe, output)
                 if needs_data and recipe.by_model and output is None:
                     row.notes = (*row.notes, NO_SENSITIVITY)
                 if needs_data and row.tokens < packed.in_features:
@@ -407,7 +421,10 @@ class _Run:
             return {}
         data = self.team.from_first(lambda: self.state.read(part))
         try:
-            solved = decode(data, layers)
+            with ExitStack() as biases:
+                for layer in layers.values():
+                    biases.enter_context(held(layer))
+                solved = decode(data, layers)
         except ValueError as error:
             raise ValueError(f"compress: part {part} of the state: {error}") from None
         self._take(solved)
@@ -421,9 +438,6 @@ class _Run:
             shared.forward(run)
         except ValueError as error:
             raise ValueError(f"compress: {error}") from None
-
-    def _capture(self, chain: Chain, batch: Call, which: list[int]) -> dict[int, Call]:
-        return blocks.capture(chain, self._bound(self.model, batch), which)
 
     @staticmethod
     def _bound(module: nn.Module, call: Call) -> Callable[[], Any]:

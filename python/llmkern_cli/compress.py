@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkern_cli import plan
 from llmkern_cli._common import (
     Number,
+    UsageError,
     at_least,
     parse_recipe,
     progress,
@@ -25,13 +28,14 @@ if TYPE_CHECKING:
 
 NAME = "compress"
 HELP = "Prune and quantize a model, and save it."
+SHARE = 0.5  # of the available memory: calibration and the solvers want the rest
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or smollm2")
     parser.add_argument("--recipe", required=True, metavar="R", help="a short form such as gptq-int4-g128, or a file")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="a new folder, or one of ours")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="a new folder, or one of ours")
     parser.add_argument(
         "--calibration", default="builtin", metavar="builtin|FILE|hf:NAME", help="its first three quarters are used"
     )
@@ -42,14 +46,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of a mixture: calibrate each expert from the tokens routed to it, or from all (default: the recipe's)",
     )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
+    parser.add_argument(
+        "--stream", choices=("auto", "on", "off"), default="auto",
+        help="leave a folder's weights in its files, but for one block at a time (auto: when they would take more than "
+        "half of the memory that is available)",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done: `llmkern plan`")
+
     parser.add_argument("--strict", action="store_true", help="what the report calls a problem is an error")
     parser.add_argument("--resume", action="store_true", help="go on with the same run where it was killed, if it was")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The report, and `out` and `seconds`; None on the ranks after the first."""
+    """The report, and `out` and `seconds`; None on the ranks after the first; the plan of a dry run."""
     from llmkern.distributed import joined
 
+    if args.dry_run:
+        return plan.run(args)
+    if args.out is None:
+        raise UsageError("the following arguments are required: --out")
     with joined() as (rank, device):
         if rank == 0:
             return _run(args, device)
@@ -96,12 +111,13 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and the windows if the recipe needs any."""
     from llmkern import data
-    from llmkern.models import load_model
+    from llmkern.models import load_model, open_streamed
 
+    streamed = _streamed(args.model, args.stream, _recipe(args))
     text = data.read_text(args.calibration)
     quiet_transformers()
-    progress(f"loading {args.model}")
-    model, tokenizer = load_model(args.model)
+    progress(f"streaming {args.model}, {streamed}" if streamed else f"loading {args.model}")
+    model, tokenizer = open_streamed(args.model) if streamed else load_model(args.model)
     windows = None
     if _recipe(args).needs_calibration:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
@@ -121,8 +137,32 @@ def state_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.llmkern-state")
 
 
+def _streamed(name: str, asked: str, recipe: Any) -> str:
+    """Why the model should be streamed; empty if it should not. UsageError when it is asked for and cannot be."""
+    from llmkern._memory import available
+
+    files = list(Path(name).expanduser().glob("*.safetensors")) if name != "smollm2" else []
+    why_not = (
+        "only a local folder of safetensors can be" if not files
+        else f"{recipe} changes the whole model" if recipe.method == "cast"
+        else "several ranks cannot share it" if int(os.environ.get("WORLD_SIZE", "1")) > 1
+        else "its layers are packed already" if (Path(name).expanduser() / "llmkern.json").is_file()
+        else ""
+    )  # fmt: skip
+    if asked == "on" and why_not:
+        raise UsageError(f"--stream on: {name} cannot be streamed: {why_not}")
+    if asked == "on":
+        return "as asked for"
+    size, free = sum(path.stat().st_size for path in files), available()
+    if asked == "off" or why_not or free is None or size <= free * SHARE:
+        return ""
+    return f"since it has {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are available"
+
+
 def show(result: dict[str, Any]) -> str:
     """Where the model and its report are."""
+    if "out" not in result:
+        return plan.show(result)
     problems = result["totals"]["problems"]
     warning = f"; {problems} problems in it (--strict makes them errors)" if problems else ""
     where = f"per-layer report: {result['out']}/report.html"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmkern._dense import full_fp32, half_product, large_empty, on_host, product, take_columns
+from llmkern import _large
+from llmkern._dense import full_fp32, half_product, on_host, product, take_columns
 from llmkern.solvers.problem import Problem
 
 # Columns per product of `add` and of the factorization, which skip what is below the diagonal; 256 are wide enough for
@@ -46,7 +47,7 @@ class Hessian:
             raise ValueError(f"Hessian: K must be an int >= 1, got {k!r}")
         self.k = k
         self.tokens = 0
-        self._sum = torch.zeros(k, k, device=device)
+        self._sum = _large.zeros(k, device)
         self._whole = True  # False while blocks below the diagonal are out of date
         self._checked = True  # False while nobody has looked whether the sum is finite
         self._factors: dict[tuple[str | None, float], Factor] = {}
@@ -164,7 +165,7 @@ class Hessian:
         With `order`, int64 [K], of rows and columns in that order.
         """
         raw, dead = self.raw(), self.dead()
-        matrix = large_empty(self.k, self.k, like=raw)
+        matrix = _large.empty(self.k, like=raw)
         if order is None:
             matrix.copy_(raw)
         else:
@@ -198,7 +199,7 @@ class Hessian:
             damped = self.damped(damp)
             scale = damped.diagonal().sqrt()
             with full_fp32():
-                energies, basis = torch.linalg.eigh(damped / scale / scale.unsqueeze(1))
+                energies, basis = torch.linalg.eigh(damped.div_(scale).div_(scale.unsqueeze(1)))
             self._spectra[damp] = (scale, energies.clamp_(min=0), basis)
         return self._spectra[damp]
 

@@ -1,0 +1,194 @@
+"""What `compress` would do to a model, and what it would take, from shapes alone: no weights, no forward."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmkern import _memory, blocks, experts
+from llmkern._dense import product
+from llmkern.calibration import BATCH
+from llmkern.nn import dense_weight, is_linear
+from llmkern.packed_size import packed_size
+from llmkern.patching import choose, tied
+from llmkern.recipe import Recipe
+from llmkern.report import Skipped, model_bytes
+from llmkern.solvers.sparsegpt import REFIT_STEPS
+
+# [K, K] matrices that a method has at a time, and passes over the [N, K] weight as products with one of them.
+MATRICES = {"rtn": 1, "magnitude": 1, "pack": 1, "wanda": 1, "gptq": 3, "sparsegpt": 7}
+PRODUCTS = {"rtn": 1, "magnitude": 1, "pack": 0, "wanda": 2, "gptq": 4, "sparsegpt": 8 + 2 * REFIT_STEPS + 48}
+WEIGHT_COPIES = 10  # fp32 [N, K] that a solver has at a time: weight, differences, mask, clip search
+FORWARD_COPIES = 4  # of a batch's widest activation
+# What calibration reaches of the rate of a large product, on SmolLM2 (small matrices, norms, attention, packing).
+EFFICIENCY = 0.2
+FORWARDS = 2.5  # passes over a block: its stages together about one and a half, and one that feeds the next block
+RUNTIME = 150_000_000  # bytes: libraries' own buffers, and memory that is free but not given back
+
+
+@dataclass
+class Layer:
+    """One layer that would be replaced. bytes_after and format are None where the weights themselves decide."""
+
+    name: str
+    shape: tuple[int, int]
+    method: str
+    format: str | None
+    bytes_before: int
+    bytes_after: int | None
+
+
+@dataclass
+class Plan:
+    """Layers and bytes are exact; memory (beyond what a process with torch and transformers has), disk and time are
+    estimates.
+    """
+
+    recipe: str
+    layers: list[Layer]
+    skipped: list[Skipped]
+    model_bytes_before: int
+    model_bytes_after: int | None
+    peak_bytes: int
+    peak_bytes_streamed: int | None
+    activation_bytes: int
+    disk_bytes: int
+    seconds: float
+    available_bytes: int | None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+
+def plan(
+    model: nn.Module, recipe: str | Recipe, *, samples: int = 128, seqlen: int = 512, rate: float | None = None
+) -> Plan:
+    """Plan `compress(model, recipe, token ids [samples, seqlen])`; the model may be on the meta device.
+
+    rate: multiplications per second of a large fp32 product here, measured if None. Raises ValueError as `compress`
+    does: a pattern that matches nothing, a group larger than a layer, nothing left to replace.
+    """
+    recipe = Recipe.parse(recipe)
+    before = model_bytes(model)
+    with experts.unfused(model):
+        return _plan(model, recipe, samples, seqlen, before, rate or measured_rate())
+
+
+def _plan(model: nn.Module, recipe: Recipe, samples: int, seqlen: int, before: int, rate: float) -> Plan:
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    chosen, skipped = dict.fromkeys(linears, recipe), list[Skipped]()
+    if recipe.method != "cast":
+        chosen, skipped = choose(model, recipe, "plan")
+    layers, file_bytes = [], 0
+    for name, wanted in chosen.items():
+        weight = dense_weight(linears[name])
+        shape = (weight.shape[0], weight.shape[1])
+        size = packed_size(shape, wanted, weight.dtype)
+        file_bytes += size.file_bytes
+        layers.append(Layer(name, shape, str(wanted), size.format, weight.nbytes, size.nbytes))
+    # A head that shares the weight of the embeddings leaves it to them.
+    stay = tied(model, {layer.name: linears[layer.name] for layer in layers})
+    dense = sum(layer.bytes_before for layer in layers if layer.name not in stay)
+    packed = None if any(layer.bytes_after is None for layer in layers) else sum(x.bytes_after or 0 for x in layers)
+    tokens = samples * seqlen if any(wanted.needs_calibration for wanted in chosen.values()) else 0
+    work, hidden = _work(model, chosen, linears, samples, seqlen) if recipe.method != "cast" else (0, 0)
+    inside = _block_bytes(model)
+    streamed = before - sum(inside) + (dense if packed is None else packed) + max(inside, default=0) + work
+    after = None if packed is None else before - dense + packed
+    if recipe.method == "cast":
+        after, file_bytes, dense = _cast_bytes(model, recipe), _cast_bytes(model, recipe), before
+    made = Plan(
+        recipe=str(recipe),
+        layers=layers,
+        skipped=skipped,
+        model_bytes_before=before,
+        model_bytes_after=after,
+        peak_bytes=before + work + (after or 0 if recipe.method == "cast" else 0),
+        peak_bytes_streamed=streamed if inside and recipe.method != "cast" else None,
+        activation_bytes=hidden,
+        disk_bytes=before - dense + file_bytes,
+        seconds=_operations(chosen, linears, tokens) / (rate * EFFICIENCY),
+        available_bytes=_memory.available(),
+    )
+    _remark(made)
+    return made
+
+
+def measured_rate() -> float:
+    """Multiplications per second of a [1024, 1024] fp32 product, the best of a few: a tenth of a second."""
+    a = torch.rand(1024, 1024)
+    product(a, a)
+    best = 1.0
+    for _ in range(4):
+        start = time.perf_counter()
+        product(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 1024**3 / best
+
+
+def _work(
+    model: nn.Module, chosen: dict[str, Recipe], linears: dict[str, nn.Module], samples: int, seqlen: int
+) -> tuple[int, int]:
+    """Bytes beyond the weights at the peak, and those among them that hidden states between blocks take."""
+    shapes = {name: dense_weight(linears[name]) for name in chosen}
+    solver = max(4 * WEIGHT_COPIES * weight.numel() for weight in shapes.values())
+    solver += max(4 * MATRICES[chosen[name].method] * weight.shape[1] ** 2 for name, weight in shapes.items())
+    if not any(wanted.needs_calibration for wanted in chosen.values()):
+        return solver + RUNTIME, 0
+    item = next(iter(shapes.values())).element_size()
+    inside = [weight for name, weight in shapes.items() if any(name.startswith(p + ".") for p, _ in _blocks(model))]
+    width = min((min(weight.shape[1], weight.shape[0]) for weight in inside), default=0)
+    width = getattr(getattr(model, "config", None), "hidden_size", None) or width
+    hidden = samples * seqlen * width * item
+    widest = max(max(weight.shape) for weight in shapes.values())
+    forward = min(BATCH, samples) * seqlen * widest * item * FORWARD_COPIES
+    rows = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
+    logits = 2 * seqlen * rows * item  # of the one sequence that shows how the model is wired
+    return hidden + forward + solver + logits + RUNTIME, hidden
+
+
+def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens: int) -> float:
+    """Multiplications. Layers of one parent and one K are taken to share their input, as q, k and v do."""
+    inputs: dict[tuple[str, int], set[str]] = {}
+    count = 0.0
+    for name, wanted in chosen.items():
+        n, k = dense_weight(linears[name]).shape
+        inputs.setdefault((name.rpartition(".")[0], k), set()).add(wanted.method)
+        count += PRODUCTS.get(wanted.method, 1) * n * k * k / 2 * bool(tokens) + 100 * n * k
+        count += FORWARDS * tokens * n * k
+    for (_, k), methods in inputs.items():
+        eigen = 10 if "sparsegpt" in methods else 0
+        count += tokens * k * k / 2 + (len(methods) + eigen) * k**3 / 3 * bool(tokens)
+    return count
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(f"{prefix}.{at}", block) for prefix, found in blocks.find_lists(model) for at, block in enumerate(found)]
+
+
+def _block_bytes(model: nn.Module) -> list[int]:
+    return [sum(parameter.nbytes for parameter in block.parameters()) for _, block in _blocks(model)]
+
+
+def _cast_bytes(model: nn.Module, recipe: Recipe) -> int:
+    item = getattr(torch, str(recipe.dtype)).itemsize
+    computed = {id(m._buffers[key]) for m in model.modules() for key in m._non_persistent_buffers_set}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(
+        t.numel() * item if t.is_floating_point() and key not in computed else t.nbytes for key, t in tensors.items()
+    )
+
+
+def _remark(made: Plan) -> None:
+    if made.model_bytes_after is None:
+        made.notes.append("which format holds a layer depends on its weights: bytes after are not known")
+    if made.available_bytes is not None and made.peak_bytes > made.available_bytes:
+        fits = made.peak_bytes_streamed is not None and made.peak_bytes_streamed <= made.available_bytes
+        way = "with --stream on it should fit" if fits else "nor does a streamed run; use fewer samples or a larger one"
+        made.notes.append(f"more than the {made.available_bytes / 1e9:.1f} GB that are available here: {way}")

@@ -1,0 +1,259 @@
+"""A folder of dense safetensors as transformers would load it: names, dtypes, shapes, and one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmkern._memory import fill
+from llmkern.weight_writer import NAMES
+
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+INDEX = "model.safetensors.index.json"
+# Buffers that older checkpoints hold and newer models compute.
+COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+
+
+class Stored(NamedTuple):
+    """One tensor as its file's header describes it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+
+class Target(NamedTuple):
+    """The first tensor of the model that a tensor of the files becomes; `converted`: not one to one."""
+
+    name: str
+    converted: bool
+
+
+class Lazy:
+    """A tensor that is read when it is indexed, as transformers does with a slice of a safetensors file.
+
+    Read, not mapped: a mapping's pages would count as this process's memory.
+    """
+
+    def __init__(self, key: str, stored: Stored) -> None:
+        self.key, self.stored = key, stored
+
+    def __getitem__(self, at: Any) -> Tensor:
+        tensor = torch.empty(self.stored.shape, dtype=DTYPES[self.stored.dtype])
+        with self.stored.path.open("rb", buffering=0) as file:
+            file.seek(self.stored.offset)
+            if not fill(tensor, file):
+                raise ValueError(f"stream: {self.stored.path}: the file ends inside tensor {self.key!r}")
+        return tensor[at]
+
+
+class Files:
+    """The safetensors of a folder: `tensors` by name. Headers only; nothing in a file is believed unchecked.
+
+    Raises FileNotFoundError when there are none, ValueError for a broken file or index, or a tensor that is in two.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        for path in _paths(folder):
+            for key, stored in _headers(path):
+                if key in self.tensors:
+                    raise ValueError(f"stream: {path}: tensor {key!r} is in {self.tensors[key].path.name} as well")
+                self.tensors[key] = stored
+
+    def dtype(self, config: Any) -> torch.dtype:
+        """The dtype that the model has by default: its config's, else that of its first float tensor."""
+        named = getattr(config, "dtype", None)
+        if named is not None:
+            return getattr(torch, named) if isinstance(named, str) else named
+        return next((FLOATS[s.dtype] for s in self.tensors.values() if s.dtype in FLOATS), torch.float32)
+
+    def check(self, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        """ValueError for a tensor of another shape than its parameter, or of no dense float dtype."""
+        wanted = model.state_dict()
+        for key, target in targets.items():
+            stored, tensor = self.tensors[key], wanted[target.name]
+            if stored.dtype not in (FLOATS if tensor.is_floating_point() else DTYPES):
+                known = ", ".join(FLOATS if tensor.is_floating_point() else DTYPES)
+                raise ValueError(f"stream: {stored.path}: tensor {key!r} must be one of {known}, got {stored.dtype}")
+            if not target.converted and stored.shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"stream: {stored.path}: tensor {key!r} must be {list(tensor.shape)} for {target.name}, "
+                    f"got {list(stored.shape)}"
+                )
+
+    def warn_unknown(self, model: nn.Module, unknown: list[str]) -> None:
+        """Say which tensors of the files the model does not have, but for those that it knows to leave out."""
+        known = [*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        if left := [key for key in unknown if not any(re.search(pattern, key) for pattern in known)]:
+            kind = type(model).__name__
+            warnings.warn(
+                f"stream: {kind} has no place for {len(left)} tensors of {self.folder}, as {left[0]}", stacklevel=4
+            )
+
+
+class Reader:
+    """Loads tensors of the files into a model by transformers' own rules for names, merged tensors, and dtypes."""
+
+    def __init__(self, model: Any, files: Files) -> None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming
+            from transformers.modeling_utils import LoadStateDictConfig
+        except ImportError as error:
+            import transformers
+
+            raise ImportError(
+                f"stream: transformers {transformers.__version__} loads weights in a way this llmkern does not know "
+                f"({error}); load the whole model instead"
+            ) from None
+        mapping = get_model_conversion_mapping(model)
+        self.files = files
+        self.renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+        self.converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+        dtype = model.dtype
+        plan = model._get_dtype_plan(dtype)
+        self.config = LoadStateDictConfig(dtype=dtype, dtype_plan=plan, weight_mapping=mapping)  # type: ignore[arg-type]
+
+    def targets(self, model: Any) -> tuple[dict[str, Target], list[str]]:
+        """What each tensor of the files becomes, and the tensors that become nothing."""
+        from transformers.core_model_loading import rename_source_key
+
+        wanted, prefix = model.state_dict(), model.base_model_prefix
+        targets, unknown = {}, []
+        for key in self.files.tensors:
+            name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, wanted)
+            if name not in wanted and key in wanted:
+                name, pattern = key, None
+            if name in wanted:
+                targets[key] = Target(name, pattern is not None)
+            else:
+                unknown.append(key)
+        return targets, unknown
+
+    def load(self, model: Any, keys: list[str]) -> None:
+        """Read these tensors into their parameters. ValueError when one does not fit or cannot be converted."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        lazy = {key: Lazy(key, self.files.tensors[key]) for key in keys}
+        with _no_bars():
+            info, _ = convert_and_load_state_dict_in_model(model, lazy, self.config)
+        if info.mismatched_keys:
+            name, got, wanted = sorted(info.mismatched_keys)[0]
+            raise ValueError(f"stream: {self.files.folder}: {name} must be {list(wanted)}, got {list(got)}")
+        if info.conversion_errors:
+            name, error = next(iter(info.conversion_errors.items()))
+            raise ValueError(f"stream: {self.files.folder}: {name}: {' '.join(str(error).split())}")
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a local folder. ValueError when its weights are quantized: they are not dense."""
+    from llmkern.models import need_transformers
+
+    need_transformers()
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"stream: {folder} holds no config.json, so it is no model folder")
+    config = AutoConfig.from_pretrained(folder)
+    refuse_quantized(config, folder)
+    return config
+
+
+def refuse_quantized(config: Any, name: object) -> None:
+    """ValueError for the config of a quantized checkpoint."""
+    if (found := getattr(config, "quantization_config", None)) is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        raise ValueError(f"{name}: its weights are quantized already ({method}); wanted a dense checkpoint")
+
+
+def skeleton(config: Any, dtype: Any, folder: Path | None = None) -> Any:
+    """The model of a config with parameters on the meta device, in `dtype`; its buffers are computed."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if folder is not None and model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside hold meta parameters: no memory, no random initialisation; buffers are real.
+
+    `torch.device("meta")` would also swallow the buffers that no file holds (rotary frequencies).
+    """
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The files that transformers would read: the one file, else those of the index."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"stream: {folder} holds neither model.safetensors nor {INDEX}")
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"stream: {folder / INDEX}: wanted JSON with a weight_map of file names") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"stream: {folder / INDEX}: a file name with a folder in it: {name!r}")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"stream: {folder / INDEX} names {name}, which is not there")
+    return [folder / name for name in names]
+
+
+def _headers(path: Path) -> Iterator[tuple[str, Stored]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Opening checks the whole header: that offsets fit the file, the shapes, and one another.
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"stream: {path} cannot be read: {str(error).splitlines()[0]}") from None
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        yield key, Stored(path, entry["dtype"], tuple(entry["shape"]), end - start, 8 + length + start)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a bar for every load, and here a load is one block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
