@@ -61,6 +61,10 @@ def compress(
     it is otherwise. progress: a bar on stderr. activation_budget: bytes of hidden states that stay in memory between
     blocks, those beyond it go to a temporary file; None is a quarter of the memory that is available.
 
+    What an error is measured by is in the recipe: its effect on the model's outputs, from one backward pass over the
+    calibration (`llmkern.fisher`), or `objective="layer"`. A model without gradients is solved by the latter, and the
+    report says so. `loss` in the report is on the Hessian whose tokens are weighted so.
+
     state_dir: a folder in which every finished block becomes durable. The same call on the dense model, after the
     process was killed, goes on from there, and the result is the same bit for bit; the folder of another model, recipe,
     calibration or version is refused (see `llmkern.state.State` for all it raises). It stays when the run is over:
