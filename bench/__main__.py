@@ -5,7 +5,7 @@ import sys
 
 BENCHMARKS = (
     "import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "solver_peers", "solver_scaling",
-    "quality", "memory", "demo",
+    "quality", "ablation", "memory", "demo",
 )  # fmt: skip
 
 

@@ -22,12 +22,12 @@ from llmkern.models import load_model
 GOALS = {
     "dense": (12.00, 12.00),
     "rtn-int8": (12.05, 12.06),
-    "gptq-int4-g64": (15.30, 13.1),
-    "gptq-int4": (18.88, 14.1),
-    "gptq-int3-g64": (34.1, 17.4),
-    "sparsegpt-0.5": (17.49, 16.2),
-    "sparsegpt-2:4": (27.2, 22.0),
-    "sparsegpt-2:4-int4-g64": (34.7, 24.3),
+    "gptq-int4-g64": (15.30, 12.7),
+    "gptq-int4": (18.88, 13.4),
+    "gptq-int3-g64": (34.1, 16.0),
+    "sparsegpt-0.5": (17.49, 15.2),
+    "sparsegpt-2:4": (27.2, 19.5),
+    "sparsegpt-2:4-int4-g64": (34.7, 21.5),
 }
 
 

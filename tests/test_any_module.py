@@ -52,7 +52,7 @@ def test_blocks_with_extra_inputs_are_fed_with_them(monkeypatch):
     """Every call has a condition of its own, so a block run with another call's would have another Hessian."""
     seen = {}
 
-    def solve(weight, hessian, recipe):
+    def solve(weight, hessian, recipe, output):
         seen[weight.data_ptr()] = hessian.raw().clone()
         return rtn(weight, None, bits=4, group_size=16)
 
@@ -60,7 +60,7 @@ def test_blocks_with_extra_inputs_are_fed_with_them(monkeypatch):
     model, twin = Conditioned(), Conditioned()
     pointers = {name: m.weight.data_ptr() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     calls = [(torch.randn(2, 5, 16), torch.randn(2, 16), torch.randn(5, 16)) for _ in range(3)]
-    report = compress(model, lambda m: [m(h, t, pos=pos) for h, t, pos in calls], "gptq-int4-g16")
+    report = compress(model, lambda m: [m(h, t, pos=pos) for h, t, pos in calls], "gptq-int4-g16", objective="layer")
     assert report.tokens == 30
     assert [row.name for row in report.rows if any("outside the repeated" in note for note in row.notes)] == ["out"]
     hidden = [h for h, _, _ in calls]

@@ -167,7 +167,7 @@ def test_experts_whose_tokens_come_scaled_and_sorted(padded, monkeypatch, tmp_pa
     """Llama 4: the routing is in the zeros of what the experts are given."""
     seen = {}
 
-    def solve(weight, hessian, recipe):
+    def solve(weight, hessian, recipe, output):
         seen[weight.data_ptr()] = (hessian.raw().clone(), hessian.tokens)
         return rtn(weight, None, bits=8, group_size=None)
 
@@ -182,7 +182,7 @@ def test_experts_whose_tokens_come_scaled_and_sorted(padded, monkeypatch, tmp_pa
 
     with experts.unfused(model):
         pointers = {name: layer.weight.data_ptr() for name, layer in model.named_modules() if is_linear(layer)}
-    report = compress(model, "gptq-int8", batches)
+    report = compress(model, "gptq-int8", batches, objective="layer")
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):  # solved before
         set_weight(twin, name := f"model.layers.0.self_attn.{name}", model.get_submodule(name).unpack())
     with fused.register_forward_pre_hook(keep), torch.no_grad():
@@ -314,7 +314,7 @@ def test_every_hessian_is_that_of_the_compressed_model_so_far(kind, mode, padded
     """Layer after layer against the fused model, whose parameters are set to what was solved before."""
     seen = {}
 
-    def solve(weight, hessian, recipe):
+    def solve(weight, hessian, recipe, output):
         seen[weight.data_ptr()] = (hessian.raw().clone(), hessian.tokens)
         return rtn(weight, None, bits=4, group_size=16)
 
@@ -323,7 +323,7 @@ def test_every_hessian_is_that_of_the_compressed_model_so_far(kind, mode, padded
     with experts.unfused(model):
         pointers = {name: layer.weight.data_ptr() for name, layer in model.named_modules() if is_linear(layer)}
     batches = batches_of(padded)
-    report = compress(model, "gptq-int4-g16", batches, experts=mode)
+    report = compress(model, "gptq-int4-g16", batches, experts=mode, objective="layer")
     assert report.tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
     tokens = {row.name: row.tokens for row in report.rows}
     assert len(tokens) == 2 * (4 + 2 * twin.model.layers[0].mlp.experts.num_experts)
@@ -409,7 +409,7 @@ def test_the_memory_of_a_mixture_is_free_when_its_block_is_done(monkeypatch):
     first = weakref.ref(model.model.layers[0].mlp.experts.gate_up_proj)
     alive = []
 
-    def solve(weight, hessian, recipe):
+    def solve(weight, hessian, recipe, output):
         alive.append(first() is not None)
         return rtn(weight, None, bits=4, group_size=16)
 

@@ -16,6 +16,10 @@ METHODS = (
 )  # fmt: skip
 
 
+# Whose Hessians are the plain second moments of the inputs.
+BY_LAYER = llmkern.Recipe.parse("gptq-int4-g32", objective="layer")
+
+
 def compress(model, recipe, calibration, **fields):
     return llmkern.compress(model, recipe, calibration, progress=False, **fields)
 
@@ -67,7 +71,7 @@ def test_every_hessian_is_that_of_the_compressed_model_so_far(kind, monkeypatch)
     """Brute force: the whole model on all data, once per layer, against what `compress` gave the solver."""
     seen = {}
 
-    def solve(weight, hessian, recipe):
+    def solve(weight, hessian, recipe, output):
         seen[weight.data_ptr()] = hessian.raw().clone()
         return rtn(weight, None, bits=4, group_size=32)
 
@@ -75,7 +79,7 @@ def test_every_hessian_is_that_of_the_compressed_model_so_far(kind, monkeypatch)
     model, twin = tiny.MODELS[kind](), tiny.MODELS[kind]()
     pointers = {name: module.weight.data_ptr() for name, module in model.named_modules() if is_linear(module)}
     calibration = calibration_of(kind)
-    compress(model, "gptq-int4-g32", calibration)
+    compress(model, BY_LAYER, calibration)
     batches = calibration if kind == "t5" else [tiny.inputs(kind, calibration)]
     for layers in blocks_in_order(twin, kind):
         for name in layers:
@@ -140,8 +144,8 @@ def test_padding_does_not_count(kind):
     ids = tiny.token_ids(4)
     padded = torch.nn.functional.pad(ids, (0, 8))
     mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 8))
-    plain = compress(tiny.MODELS[kind](), "gptq-int4-g32", ids)
-    report = compress(tiny.MODELS[kind](), "gptq-int4-g32", [{"input_ids": padded, "attention_mask": mask}])
+    plain = compress(tiny.MODELS[kind](), BY_LAYER, ids)
+    report = compress(tiny.MODELS[kind](), BY_LAYER, [{"input_ids": padded, "attention_mask": mask}])
     assert report.tokens == plain.tokens == ids.numel()
     assert [row.tokens for row in report.rows] == [row.tokens for row in plain.rows]
     assert [row.loss for row in report.rows] == pytest.approx([row.loss for row in plain.rows], rel=1e-3)
@@ -164,13 +168,13 @@ class Scaled(torch.nn.Module):
 def test_blocks_that_are_not_chained_are_captured_again(monkeypatch):
     seen = []
 
-    def solve(weight, hessian, recipe):
+    def solve(weight, hessian, recipe, output):
         seen.append(hessian.raw().clone())
         return rtn(weight, None, bits=4, group_size=16)
 
     monkeypatch.setattr(patching, "solve", solve)
     model, x = Scaled(), torch.randn(10, 16)
-    compress(model, "gptq-int4", [x])
+    compress(model, llmkern.Recipe.parse("gptq-int4", objective="layer"), [x])
     hidden = x
     for at, block in enumerate(model.blocks):
         hidden = hidden * (at + 1)
@@ -316,11 +320,11 @@ def test_activations_that_are_not_finite_name_the_layer():
 def test_a_hessian_goes_when_its_layers_are_solved(kind, monkeypatch):
     keep, seen, alive = pipeline.solve_and_keep, [], []
 
-    def record(caller, name, layer, hessian, recipe):
+    def record(caller, name, layer, hessian, recipe, output):
         if all(other() is not hessian for other in seen):
             alive.append(sum(other() is not None for other in seen))
             seen.append(weakref.ref(hessian))
-        return keep(caller, name, layer, hessian, recipe)
+        return keep(caller, name, layer, hessian, recipe, output)
 
     monkeypatch.setattr(pipeline, "solve_and_keep", record)
     data = [torch.randn(60, 32)] if kind == "mlp" else tiny.token_ids(20)

@@ -550,7 +550,6 @@ def test_admm_mask_keeps_two_of_four_and_beats_the_greedy_one() -> None:
     assert torch.equal(together.weight, sparsegpt(w, hessian, sparsity="2:4").weight)
 
 
-@pytest.mark.parametrize(("sparsity", "refit"), [(0.5, True), ("2:4", False)])
-def test_admm_mask_refuses_what_it_cannot_do(sparsity: float | str, refit: bool) -> None:
-    with pytest.raises(ValueError, match=r'mask="admm" needs an "n:m" sparsity and refit=True'):
-        sparsegpt(torch.randn(4, 8), torch.eye(8), sparsity=sparsity, refit=refit, mask="admm")
+def test_admm_mask_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r'mask="admm" needs refit=True'):
+        sparsegpt(torch.randn(4, 8), torch.eye(8), sparsity="2:4", refit=False, mask="admm")

@@ -198,13 +198,13 @@ def test_a_module_of_two_blocks_is_compressed_once_on_both_inputs(monkeypatch):
     seen = {}
     keep = pipeline.solve_and_keep
 
-    def record(caller, name, layer, hessian, recipe):
+    def record(caller, name, layer, hessian, recipe, output):
         seen[name] = hessian.raw().clone()
-        return keep(caller, name, layer, hessian, recipe)
+        return keep(caller, name, layer, hessian, recipe, output)
 
     monkeypatch.setattr(pipeline, "solve_and_keep", record)
     model, x = Across(), normal(20, 16)
-    report = compress(model, "gptq-int8", [x])
+    report = compress(model, llmkern.Recipe.parse("gptq-int8", objective="layer"), [x])
     assert model.blocks[2][0] is model.blocks[0][0]
     assert isinstance(model.blocks[0][0], PackedLinear)
     assert sorted(row.name for row in report.rows) == [f"blocks.{at}" for at in ("0.0", "0.2", "1.0", "1.2", "2.2")]

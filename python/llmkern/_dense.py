@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def squared(x: Tensor) -> Tensor:
 
 @contextmanager
 def dense_by_onednn(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; without gradients.
+    """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; gradients go to inputs only.
 
     Nothing here keeps a layer alive: one that is replaced meanwhile takes its dense weight with it.
     """
@@ -151,9 +152,28 @@ def dense_by_onednn(model: nn.Module) -> Iterator[None]:
                 del alive.forward
 
 
+class _Product(torch.autograd.Function):
+    """x [..., K] @ weight [N, K]ᵀ + bias by oneDNN, with a gradient by x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., N]."""
+        ctx.save_for_backward(weight)
+        return _onednn()(x, weight, bias, "none", [], "")  # type: ignore[misc]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """By x."""
+        (weight,) = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return product(rows, weight).view(*gradient.shape[:-1], weight.shape[1]), None, None
+
+
 def _forward(layer: nn.Linear, op: torch._ops.OpOverloadPacket, x: Tensor) -> Tensor:
     weight = layer.weight
     if _fits(x, weight) and x.numel():
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, weight, layer.bias)
         return op(x, weight, layer.bias, "none", [], "")
     return nn.functional.linear(x, weight, layer.bias)
 

@@ -11,7 +11,7 @@ that break the assumption get their inputs by running the model up to them again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +170,9 @@ class SharedInputs:
     """Hooks that collect one Hessian per distinct input of some linear layers, while a module runs.
 
     Layers that are handed the very same tensor (q, k and v; gate and up) share it. `rows`, set before a forward,
-    may hold a bool [batch, length] of the tokens to count; others (padding) are left out. mixtures: the mixtures of
+    may hold a bool [batch, length] of the tokens to count; others (padding) are left out. `weights`, set likewise, may
+    hold fp32 [batch, length] of some layers: how much a token counts in the Hessian of their input, to which the layers
+    that share it add up. mixtures: the mixtures of
     experts that may run; with `everything` their layers see every token that counts, not only those routed to them.
     """
 
@@ -186,9 +188,11 @@ class SharedInputs:
         self._replayed = {layer: found for found in listed for layer in found.layers()}
         self.tokens = dict.fromkeys(layers, 0)
         self.rows: Tensor | None = None
+        self.weights: Mapping[str, Tensor] = {}
         self._leader: dict[str, str] = {}
         self._hessians: dict[str, Hessian] = {}
         self._seen: dict[tuple, tuple[str, Tensor]] = {}
+        self._inputs: list[tuple[str, Tensor]] = []  # of this forward, by leader
         self._fresh: set[str] = set()  # leaders that first appeared in this forward
         self._order: list[str] = []  # calls of the first forward
         self._last: str | None = None  # where later forwards may stop, if all other layers ran
@@ -205,6 +209,10 @@ class SharedInputs:
             stopped(run)
         if not self._last and len(self._order) == len(set(self._order)) == len(self.layers):
             self._last = self._order[-1]
+        for name, x in self._inputs:
+            # Only now are all layers known that share it.
+            self._add(name, x, self._weight(name, x))
+        self._inputs.clear()
         # Only now: as long as the inputs are held, no address can be used twice.
         self._seen.clear()
         self._fresh.clear()
@@ -255,7 +263,7 @@ class SharedInputs:
         leader = self._leader[name]
         if leader == name:
             if kept.numel():
-                self._add(name, kept)
+                self._inputs.append((name, x))
         elif first != leader:
             raise RuntimeError(f"{name} and {leader} shared their input in one batch, but not in every batch")
 
@@ -271,9 +279,16 @@ class SharedInputs:
         self.unmasked.add(name)
         return x
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _weight(self, name: str, x: Tensor) -> Tensor | None:
+        """fp32 [..., 1]: how much each token of x counts, for the layer and those that share its input."""
+        sharing = [other for other, leader in self._leader.items() if leader == name and other in self.weights]
+        known = [self.weights[other] for other in sharing if self.weights[other].shape == x.shape[:-1]]
+        return torch.stack(known).sum(0).unsqueeze(-1) if known else None
+
+    def _add(self, name: str, x: Tensor, weight: Tensor | None) -> None:
+        tokens = self._counted(name, x if weight is None else x * weight.to(x.device).sqrt())
         try:
-            self._hessians[name].add(x)
+            self._hessians[name].add(tokens)
         except ValueError as error:
             raise ValueError(f"the input of layer {name}: {error}") from None
 

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import nn
 
 from llmkern.blocks import Call, SharedInputs
+from llmkern.fisher import Sensitivity
 from llmkern.nn import dense_weight
 from llmkern.solved import Solved, decode, encode
-from llmkern.solvers import Hessian
+from llmkern.solvers import Hessian, OutputHessian
 
 T = TypeVar("T")
 # What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
@@ -74,6 +75,10 @@ class Alone:
     def groups(self, shared: SharedInputs) -> list[Group]:
         """The layers by their input, those that never ran last, with the Hessians of all batches."""
         return [Group(names, shared.hessian(names[0])) for names in _by_leader(shared)]
+
+    def add_up(self, found: Sensitivity) -> None:
+        """What all ranks have gathered, on every rank."""
+        found.settle([found.totals()])
 
     def data_free(self, parts: list[list[str]]) -> list[Group]:
         """These layers as groups without data."""
@@ -136,6 +141,14 @@ class Team(Alone):
             for names, owners in zip(together.values(), self._owners(together.values()), strict=True)
         ]
 
+    def add_up(self, found: Sensitivity) -> None:
+        """The sums over all ranks, of a layer at a time."""
+        for name, size in found.sizes.items():
+            output = found.outputs.get(name) or OutputHessian(size, self._wire)
+            output.parts = [self._summed(part) for part in output.parts]
+            found.outputs[name] = output
+        found.settle(self.each(found.totals))
+
     def data_free(self, parts: list[list[str]]) -> list[Group]:
         """As alone, shared out by size."""
         owners = self._owners(parts, factor=False)
@@ -167,6 +180,16 @@ class Team(Alone):
     def _owners(self, groups: Iterable[list[str]], *, factor: bool = True) -> list[dict[str, int]]:
         shapes = [{name: dense_weight(self.model.get_submodule(name)).shape for name in names} for names in groups]
         return share_out(shapes, self.size, factor=factor)
+
+    def _summed(self, hessian: Hessian) -> Hessian:
+        total, tokens = hessian.partial(), torch.tensor(hessian.tokens)
+        if f"{total.device.type}:" not in str(dist.get_backend_config()):
+            total = total.to(self._wire)
+        tokens = tokens.to(total.device)
+        with self._together():
+            dist.all_reduce(total)
+            dist.all_reduce(tokens)
+        return Hessian.from_partial(total.to(hessian.device), int(tokens))
 
     def _reduced(self, hessian: Hessian | None, name: str, owners: Mapping[str, int]) -> Hessian | None:
         """The Hessian of the layer `name` over the batches of all ranks, on those that own a layer of its group."""

@@ -24,6 +24,7 @@ from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_
 from llmkern.distributed import Group, team
 from llmkern.experts import Experts
 from llmkern.fingerprint import fingerprint
+from llmkern.fisher import Sensitivity, Unknown, gather
 from llmkern.listed_experts import ListedExperts
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
@@ -39,6 +40,7 @@ NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in on
 PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
+NO_SENSITIVITY = "measured by the layer's own error: what the model's output feels of it is not known"
 NO_NOTES: Mapping[str, str] = MappingProxyType({})
 REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
 # Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
@@ -58,6 +60,10 @@ def compress(
     fine for data-free recipes. device: where blocks run and are solved (default: where they are); the model stays where
     it is otherwise. progress: a bar on stderr. activation_budget: bytes of hidden states that stay in memory between
     blocks, those beyond it go to a temporary file; None is a quarter of the memory that is available.
+
+    What an error is measured by is in the recipe: its effect on the model's outputs, from one backward pass over the
+    calibration (`llmkern.fisher`), or `objective="layer"`. A model without gradients is solved by the latter, and the
+    report says so. `loss` in the report is on the Hessian whose tokens are weighted so.
 
     state_dir: a folder in which every finished block becomes durable. The same call on the dense model, after the
     process was killed, goes on from there, and the result is the same bit for bit; the folder of another model, recipe,
@@ -128,6 +134,7 @@ class _Run:
         self.shared: set[str] = set()  # layers that are one module in several blocks
         self.unmasked: set[str] = set()  # layers whose padding counted
         self.found_mixtures = False
+        self.sensitivity: Sensitivity | None = None
 
     def open(self, recipe: Recipe, batches: list[Call], folder: str | Path | None) -> State | NoState:
         """The state to close at the end; what is in it already will not be solved again."""
@@ -169,6 +176,7 @@ class _Run:
         first = batches[0]
         if len(first.args) == 1 and not first.kwargs:
             first = Call((first.args[0][:1],), {})  # how a model is wired shows on one sequence
+        self.sensitivity = self._sensitivity()
         chains, irregular = blocks.learn(self.model, self._bound(self.model, first))
         done: set[str] = set()
         for chain in chains:
@@ -181,6 +189,32 @@ class _Run:
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
             notes |= dict.fromkeys(self.shared & rest.keys(), SHARED)
             self._replace(groups, notes)
+
+    def _sensitivity(self) -> Sensitivity | None:
+        """What the model's output feels of the layers that are measured by it; None where none is, or nothing is known.
+
+        It is the dense model's, and no part of a state: a resumed run gathers it again, to the same bits.
+        """
+        wanted = {name: self.model.get_submodule(name) for name, recipe in self.chosen.items() if recipe.by_model}
+        found = Sensitivity(wanted)
+        numbered = {self.team.rank + at * self.team.size: batch for at, batch in enumerate(self.batches)}
+
+        def work() -> str:
+            try:
+                gather(self.model, wanted, numbered, found)
+            except Unknown as reason:
+                return str(reason)
+            return ""
+
+        reason = next(filter(None, self.team.each(work)), "") if wanted else "not asked for"
+        if reason and wanted:
+            if self.strict:
+                raise ValueError(f"compress: {NO_SENSITIVITY}: {reason} (strict)")
+            self.report.notes.append(f"{NO_SENSITIVITY}: {reason}")
+        if reason:
+            return None
+        self.team.add_up(found)
+        return found
 
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
@@ -308,8 +342,9 @@ class _Run:
         shared = SharedInputs(layers, mixtures, self.everything)
 
         def collect() -> list[str]:
-            for batch, (module, call) in zip(self.batches, runs, strict=True):
+            for at, (batch, (module, call)) in enumerate(zip(self.batches, runs, strict=True)):
                 shared.rows = rows_that_count(self.model, batch)
+                shared.weights = self.sensitivity.weights(at) if self.sensitivity else {}
                 self._collect(shared, self._bound(module, call))
             return sorted(shared.unmasked)
 
@@ -327,8 +362,12 @@ class _Run:
                 layer = self.model.get_submodule(name)
                 if needs_data and (group.hessian is None or not group.hessian.tokens):
                     raise ValueError(f"compress: layer {name} saw no calibration tokens; {REMEDIES}")
+                recipe = self.chosen[name]
+                output = self.sensitivity.take(name) if self.sensitivity and recipe.by_model else None
                 with held(layer):
-                    packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, self.chosen[name])
+                    packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, recipe, output)
+                if needs_data and recipe.by_model and output is None:
+                    row.notes = (*row.notes, NO_SENSITIVITY)
                 if needs_data and row.tokens < packed.in_features:
                     row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")
                 if name in self.unmasked:

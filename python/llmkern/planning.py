@@ -12,11 +12,13 @@ from torch import nn
 from llmkern import _memory, blocks, experts
 from llmkern._dense import product
 from llmkern.calibration import BATCH
+from llmkern.fisher import TOKENS
 from llmkern.nn import dense_weight, is_linear
 from llmkern.packed_size import packed_size
 from llmkern.patching import choose, tied
 from llmkern.recipe import Recipe
 from llmkern.report import Skipped, model_bytes
+from llmkern.solvers.output import PART
 from llmkern.solvers.sparsegpt import REFIT_STEPS
 
 # [K, K] matrices that a method has at a time, and passes over the [N, K] weight as products with one of them.
@@ -150,7 +152,11 @@ def _work(
     forward = min(BATCH, samples) * seqlen * widest * item * FORWARD_COPIES
     rows = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
     logits = 2 * seqlen * rows * item  # of the one sequence that shows how the model is wired
-    return hidden + forward + solver + logits + RUNTIME, hidden
+    felt = [weight.shape[0] for name, weight in shapes.items() if chosen[name].by_model]
+    if felt:
+        logits = 3 * max(seqlen, min(TOKENS, samples * seqlen)) * rows * 4  # with their gradient
+    outputs = sum(4 * n * min(n, PART) for n in felt)
+    return hidden + forward + solver + logits + outputs + RUNTIME, hidden
 
 
 def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens: int) -> float:
@@ -162,6 +168,8 @@ def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens
         inputs.setdefault((name.rpartition(".")[0], k), set()).add(wanted.method)
         count += PRODUCTS.get(wanted.method, 1) * n * k * k / 2 * bool(tokens) + 100 * n * k
         count += FORWARDS * tokens * n * k
+        if wanted.by_model:  # forward, once more in the backward pass, and back
+            count += tokens * n * (3 * k + min(n, PART) / 2)
     for (_, k), methods in inputs.items():
         eigen = 10 if "sparsegpt" in methods else 0
         count += tokens * k * k / 2 + (len(methods) + eigen) * k**3 / 3 * bool(tokens)

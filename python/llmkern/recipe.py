@@ -35,7 +35,10 @@ class Recipe:
     method: "rtn", "gptq" (need `bits`), "magnitude", "wanda", "sparsegpt" (need `sparsity`; `bits` quantizes the kept
     values too), "cast" (the whole model to `dtype`), or "pack" (weights that are sparse already, values unchanged).
     group_size: columns per scale, None for one scale per row. sparsity: the pruned share (0.5), or "2:4".
-    act_order, clip, damp, refit: see `llmkern.solvers`. activations: "int8" quantizes them on the fly.
+    act_order, clip, damp, refit: see `llmkern.solvers`. objective: what an error of a layer is measured by, "model"
+    (what it does to the distribution of the model's outputs, which takes a backward pass: `llmkern.fisher`) or "layer"
+    (its own squared error, as published); None is "model" for gptq and sparsegpt, but "layer" for their published forms
+    (act_order="dynamic", refit=False). activations: "int8" quantizes them on the fly.
     dtype: of sparse values (default: the model's own if it has 16 bits, else bfloat16). scale_dtype: of scales
     (default: the model's own). targets: which linear layers (default all); ignore wins over targets. Both hold names
     (the whole dotted name or its last parts) or "re:" patterns, matched from the name's start; "lm_head" also means
@@ -55,6 +58,7 @@ class Recipe:
     clip: str | None = "hessian"
     damp: float = 0.01
     refit: bool = True
+    objective: str | None = None
     activations: str | None = None
     dtype: str | None = None
     scale_dtype: str | None = None
@@ -99,6 +103,7 @@ class Recipe:
         require(self.activations in (None, "int8"), "activations", 'None or "int8"')
         require(isinstance(self.symmetric, bool), "symmetric", "true or false")
         require(isinstance(self.refit, bool), "refit", "true or false")
+        require(self.objective in (None, "model", "layer"), "objective", 'None, "model" or "layer"')
         for name in ("dtype", "scale_dtype"):
             require(getattr(self, name) in (None, *DTYPES), name, f"one of {', '.join(DTYPES)}")
         self._validate_method()
@@ -120,6 +125,11 @@ class Recipe:
             raise ValueError("recipe: cast needs a dtype, e.g. bf16")
         if self.activations and (self.method not in QUANTIZERS or self.bits not in (4, 8)):
             raise ValueError("recipe: int8 activations need 4- or 8-bit weights of rtn or gptq")
+        if self.objective == "model":
+            if self.method not in ("gptq", "sparsegpt"):
+                raise ValueError(f'recipe: objective="model" is for gptq and sparsegpt, got {self.method}')
+            if self.act_order == "dynamic" or not self.refit:
+                raise ValueError('recipe: objective="model" goes with neither act_order="dynamic" nor refit=False')
         if not self.symmetric and self.sparsity is not None:
             raise ValueError("recipe: sparse weights are symmetric: a pruned weight is code 0")
 
@@ -203,6 +213,13 @@ class Recipe:
         """Whether this recipe, or any override of it, learns from data."""
         recipes = [self, *(self._override(pattern, changes) for pattern, changes in self.overrides)]
         return any(recipe is not None and recipe.method not in DATA_FREE for recipe in recipes)
+
+    @property
+    def by_model(self) -> bool:
+        """Whether errors are measured by what they do to the model's outputs."""
+        if self.objective is not None or self.method not in ("gptq", "sparsegpt"):
+            return self.objective == "model"
+        return self.act_order != "dynamic" and self.refit
 
     def assign(
         self, names: Iterable[str], head: str | None = None, aliases: Mapping[str, Iterable[str]] = MappingProxyType({})

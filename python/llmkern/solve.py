@@ -11,14 +11,16 @@ from llmkern.formats import Sparse24Weight
 from llmkern.recipe import Recipe
 from llmkern.solvers import Hessian, Solution, gptq, magnitude, rtn, sparsegpt, wanda
 from llmkern.solvers.grid import find_grid
+from llmkern.solvers.output import OutputHessian
 from llmkern.solvers.rtn import loss_without_factor
 from llmkern.solvers.solution import pack_kept, pack_quantized
 
 
-def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe) -> Solution:
+def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe, output: OutputHessian | None = None) -> Solution:
     """Solve one layer, weight [N, K] in the model's dtype, as `recipe` says; `packed` is always set.
 
-    `hessian` may be None for data-free methods. Raises ValueError (TypeError for dtypes) for what a solver refuses.
+    `hessian` may be None for data-free methods; `output` goes to gptq and sparsegpt. Raises ValueError (TypeError for
+    dtypes) for what a solver refuses.
     """
     scale_dtype = getattr(torch, recipe.scale_dtype) if recipe.scale_dtype else weight.dtype
     if recipe.method == "pack":
@@ -40,7 +42,7 @@ def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe) -> Solution:
     if recipe.method == "sparsegpt":
         solution = sparsegpt(
             weight, hessian, sparsity=_sparsity(recipe), bits=recipe.bits, group_size=recipe.group_size,
-            refit=recipe.refit, damp=recipe.damp, scale_dtype=scale_dtype,
+            refit=recipe.refit, damp=recipe.damp, scale_dtype=scale_dtype, output=output,
         )  # fmt: skip
         return solution if recipe.bits else _store(solution, weight.dtype, recipe)
     mask = None
@@ -52,6 +54,7 @@ def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe) -> Solution:
     return gptq(
         weight, hessian, bits=_bits(recipe), group_size=recipe.group_size, symmetric=recipe.symmetric,
         act_order=recipe.act_order, clip=recipe.clip, damp=recipe.damp, mask=mask, scale_dtype=scale_dtype,
+        output=output,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ reference repositories, drop-in.
 from llmkern.solvers.gptq import gptq
 from llmkern.solvers.hessian import Hessian
 from llmkern.solvers.magnitude import magnitude
+from llmkern.solvers.output import OutputHessian
 from llmkern.solvers.problem import Problem
 from llmkern.solvers.reference_api import GPTQ, Quantizer, SparseGPT
 from llmkern.solvers.rtn import rtn
@@ -18,6 +19,7 @@ from llmkern.solvers.wanda import wanda
 __all__ = [
     "GPTQ",
     "Hessian",
+    "OutputHessian",
     "Problem",
     "Quantizer",
     "Solution",

@@ -19,9 +19,10 @@ from llmkern.solvers._checks import (
     check_passes,
     live,
 )
-from llmkern.solvers.columns import descend, gptq_columns
+from llmkern.solvers.columns import gptq_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
+from llmkern.solvers.output import OutputHessian, check_output, coupled_columns, further
 from llmkern.solvers.solution import Solution, pack_quantized, relative_loss
 
 ORDERS = ("static", "dynamic", None)
@@ -30,7 +31,7 @@ ORDERS = ("static", "dynamic", None)
 def gptq(
     weight: Tensor, hessian: Hessian | Tensor, *, bits: int = 4, group_size: int | None = 128, symmetric: bool = True,
     act_order: str | None = "static", clip: str | None = "hessian", damp: float = 0.01, mask: Tensor | None = None,
-    descent: int = 0, scale_dtype: torch.dtype = torch.float32,
+    descent: int = 0, scale_dtype: torch.dtype = torch.float32, output: OutputHessian | None = None,
 ) -> Solution:  # fmt: skip
     """Quantize weight [N, K] to `bits` (2 to 8) so that the layer's output on its calibration input changes least.
 
@@ -39,7 +40,8 @@ def gptq(
     None takes them in natural order; "dynamic" is the published algorithm without activation order, which finds a
     group's scale when it reaches it. clip: how scales are found, see `llmkern.solvers.grid.find_grid`. mask: bool
     [N, K], False = stays 0. descent: passes of coordinate descent over the codes afterwards. scale_dtype: what scales
-    are stored in; codes are chosen on the rounded scales.
+    are stored in; codes are chosen on the rounded scales. output: which errors of the outputs matter (`OutputHessian`);
+    rows are then rounded with feedback between them as well. Not with act_order="dynamic".
 
     Raises ValueError (or TypeError for a dtype) that names the argument; a Hessian that is not positive definite is
     retried as `Hessian.factor` says, and `damp` and `notes` of the solution tell.
@@ -52,6 +54,9 @@ def gptq(
     check_damp("gptq", damp)
     check_passes("gptq", descent)
     mask = check_keep_mask("gptq", mask, w)
+    if output is not None and act_order == "dynamic":
+        raise ValueError('gptq: output needs groups found beforehand, got act_order="dynamic"')
+    check_output("gptq", output, w)
     state = as_hessian("gptq", hessian, w)
     factor = state.factor("activation" if act_order == "static" else None, damp)
     target = live(w, state)
@@ -64,9 +69,12 @@ def gptq(
         return find_grid(values, importance[places], group_size=min(group_size, values.shape[1]), **options)
 
     dynamic = find if act_order == "dynamic" and group_size < w.shape[1] else None
-    q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)
+    if output is None:
+        q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)
+    else:
+        q, lost = coupled_columns(target, factor, grid, mask, output), math.nan
     if descent:
         lost = math.nan
-        q = descend(target, q, state.damped(factor.damp), grid, mask, descent)
+        q = further(target, q, state.damped(factor.damp), grid, mask, descent, output)
     packed, notes = pack_quantized(q, grid, mask)
     return Solution(q, packed, mask, relative_loss(w, q, state, lost), factor.damp, (*factor.notes, *notes))

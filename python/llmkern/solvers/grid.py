@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Grid:
         """int32 [K]: the group of the column at each place of `order`."""
         columns = torch.arange(k, device=self.scales.device) if order is None else order
         return (columns // self.group_size).to(torch.int32)
+
+    def rows(self, at: slice | Tensor) -> Grid:
+        """The grid of some of the rows."""
+        zeros = None if self.zeros is None else self.zeros[at].contiguous()
+        return replace(self, scales=self.scales[at].contiguous(), zeros=zeros)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """fp32 [N, K], natural order: every weight rounded to the nearest value of its group's grid."""

@@ -20,21 +20,25 @@ from llmkern.solvers._checks import (
     live,
 )
 from llmkern.solvers.admm import admm_mask
-from llmkern.solvers.columns import descend, gptq_columns, sparsegpt_columns
+from llmkern.solvers.columns import gptq_columns, sparsegpt_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
+from llmkern.solvers.output import OutputHessian, check_output, coupled_columns, further
+from llmkern.solvers.refit import coupled_refit
 from llmkern.solvers.refit import refit as refit_kept
 from llmkern.solvers.solution import Solution, pack_kept, pack_quantized, relative_loss
 
 # Conjugate gradients from SparseGPT's own weights then have 96 to 99.8 % of what exact least squares gains over them
 # (measured on SmolLM2's layers; 10 steps have 90 to 99 %).
 REFIT_STEPS = 15
+COUPLED_STEPS = 25
 
 
 def sparsegpt(
     weight: Tensor, hessian: Hessian | Tensor, *, sparsity: float | str = 0.5, bits: int | None = None,
     group_size: int | None = 128, refit: bool = True, damp: float = 0.01, clip: str | None = "hessian",
     descent: int = 2, scale_dtype: torch.dtype = torch.float32, mask: str | None = None,
+    output: OutputHessian | None = None,
 ) -> Solution:  # fmt: skip
     """Prune weight [N, K] so that the layer's output on its calibration input changes least; with bits, quantize too.
 
@@ -42,9 +46,9 @@ def sparsegpt(
     more than a whole one). refit: solve the kept weights again by least squares once the mask is known. With `bits`
     (2 to 8, symmetric): codes by GPTQ on the fixed mask from the refit weights, in activation order, then `descent`
     passes of coordinate descent; without refit the published single pass, which prunes and quantizes together and
-    leaves `descent` unused. mask: how it is chosen, "sparsegpt" (the paper's way, group after group) or "admm" (all n:m
-    groups together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. group_size, clip, damp,
-    scale_dtype and errors as in `gptq`.
+    leaves `descent` unused. mask: how it is chosen, "sparsegpt" (the paper's way, block after block) or "admm" (all
+    weights together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. output: as in `gptq`; it
+    needs refit. group_size, clip, damp, scale_dtype and errors as in `gptq`.
     """
     w = as_matrix("sparsegpt", weight)
     pattern = Pattern.parse("sparsegpt", sparsity)
@@ -54,7 +58,10 @@ def sparsegpt(
     check_choice("sparsegpt", "clip", clip, CLIPS)
     check_damp("sparsegpt", damp)
     check_passes("sparsegpt", descent)
-    by_admm = _by_admm(mask, pattern, refit)
+    if output is not None and not refit:
+        raise ValueError("sparsegpt: output needs refit=True, got refit=False")
+    check_output("sparsegpt", output, w)
+    by_admm = _by_admm(mask, refit)
     state = as_hessian("sparsegpt", hessian, w)
     factor = state.factor(None, damp)
     found = factor.notes
@@ -66,19 +73,25 @@ def sparsegpt(
     if bits is not None and not refit:
         grid = find_grid(target, importance, **options)
     if by_admm:
-        q, kept, lost = target, admm_mask(target, state, factor.damp, pattern), math.nan
+        q, kept, lost = target, admm_mask(target, state, factor.damp, pattern, output), math.nan
     else:
         q, kept, lost = sparsegpt_columns(target, factor, pattern, grid)
     if refit:
         lost = math.nan
         damped = state.damped(factor.damp)
-        q = refit_kept(target, q, kept, damped, REFIT_STEPS)
+        if output is None:
+            q = refit_kept(target, q, kept, damped, REFIT_STEPS)
+        else:
+            q = coupled_refit(target, q, kept, damped, output, COUPLED_STEPS)
         if bits is not None:
             grid = find_grid(q, importance, **options)
             again = state.factor("activation", damp)
             found = (*found, *(note for note in again.notes if note not in found))
-            q, _ = gptq_columns(q, again, grid, kept)
-            q = descend(target, q, damped, grid, kept, descent)
+            if output is None:
+                q, _ = gptq_columns(q, again, grid, kept)
+            else:
+                q = coupled_columns(q, again, grid, kept, output)
+            q = further(target, q, damped, grid, kept, descent, output)
     if grid is not None:
         packed, notes = pack_quantized(q, grid, kept)
     else:
@@ -88,10 +101,9 @@ def sparsegpt(
     return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*found, *notes))
 
 
-def _by_admm(mask: str | None, pattern: Pattern, refit: bool) -> bool:
+def _by_admm(mask: str | None, refit: bool) -> bool:
     """Whether the mask comes from ADMM; ValueError if it cannot."""
     check_choice("sparsegpt", "mask", mask, ("admm", "sparsegpt", None))
-    possible = refit and pattern.m > 0
-    if mask == "admm" and not possible:
-        raise ValueError(f'sparsegpt: mask="admm" needs an "n:m" sparsity and refit=True, got refit={refit}')
-    return possible and mask != "sparsegpt"
+    if mask == "admm" and not refit:
+        raise ValueError('sparsegpt: mask="admm" needs refit=True, got refit=False')
+    return refit and mask != "sparsegpt"

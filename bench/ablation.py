@@ -1,0 +1,87 @@
+"""What each improvement of the solvers is worth: perplexity of SmolLM2-135M on the windows of bench.quality.
+
+From the published algorithm to the default, one step at a time. `tokens` weights the tokens of the layers' Hessians by
+what the model's output feels, `outputs` couples the rows; "model" is both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import llmkern
+from bench.results import write
+from llmkern import data
+from llmkern.evaluate import perplexity
+from llmkern.fisher import Sensitivity
+from llmkern.models import load_model
+
+PUBLISHED = {"act_order": "dynamic", "clip": None}
+# (what it is, fields of the recipe, the part of the sensitivity that is used)
+STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
+    "gptq-int3-g64": [
+        ("published", PUBLISHED, ""),
+        ("static groups in activation order", {"clip": None, "objective": "layer"}, ""),
+        ("clip by squared error", {"clip": "mse", "objective": "layer"}, ""),
+        ("clip weighted by diag(H)", {"objective": "layer"}, ""),
+        ("tokens", {}, "tokens"),
+        ("outputs", {}, "outputs"),
+        ("model", {}, "tokens and outputs"),
+    ],
+    "gptq-int4": [("clip weighted by diag(H)", {"objective": "layer"}, ""), ("model", {}, "tokens and outputs")],
+    "gptq-int4-g64": [("clip weighted by diag(H)", {"objective": "layer"}, ""), ("model", {}, "tokens and outputs")],
+    "sparsegpt-2:4": [
+        ("published", {"refit": False}, ""),
+        ("mask by ADMM, refit", {"objective": "layer"}, ""),
+        ("tokens", {}, "tokens"),
+        ("outputs", {}, "outputs"),
+        ("model", {}, "tokens and outputs"),
+    ],
+    "sparsegpt-0.5": [
+        ("published", {"refit": False}, ""),
+        ("mask by ADMM, refit", {"objective": "layer"}, ""),
+        ("model", {}, "tokens and outputs"),
+    ],
+}
+
+
+@contextmanager
+def only(parts: str) -> Iterator[None]:
+    """Inside, `compress` uses these parts of what it knows of the model's output."""
+    weights = Sensitivity.weights if "tokens" in parts else lambda self, batch: {}
+    take = Sensitivity.take if "outputs" in parts else lambda self, name: None
+    with mock.patch.object(Sensitivity, "weights", weights), mock.patch.object(Sensitivity, "take", take):
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.split("\n")[0])
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(STEPS)} (all)")
+    parser.add_argument("--out", default="ablation", help="bench/results/OUT.json (%(default)s)")
+    args = parser.parse_args(argv)
+    if unknown := set(args.recipes) - set(STEPS):
+        parser.error(f"unknown recipe {', '.join(sorted(unknown))}; known: {', '.join(STEPS)}")
+    dense, tokenizer = load_model("smollm2")
+    ids = data.token_ids(tokenizer, data.builtin_text())
+    calibration, evaluation = data.calibration_windows(ids, 32, 512), data.evaluation_windows(ids, 16, 512)
+    rows = []
+    for name in args.recipes or STEPS:
+        for step, fields, parts in STEPS[name]:
+            model, start = copy.deepcopy(dense), time.perf_counter()
+            with only(parts):
+                llmkern.compress(model, llmkern.Recipe.parse(name, **fields), calibration, progress=False)
+            seconds, value = time.perf_counter() - start, perplexity(model, evaluation).value
+            row = {"recipe": name, "step": step, "perplexity": round(value, 3), "compress_seconds": round(seconds, 1)}
+            rows.append(row)
+            print(f"{name:16} {step:36}{value:8.3f}  {seconds:6.1f} s", file=sys.stderr, flush=True)
+    write(args.out, {"tokens": len(ids), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
