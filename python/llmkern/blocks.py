@@ -56,10 +56,6 @@ class Chain:
     follows: list[bool]
     kind: list[int]
 
-    def call(self, k: int, captured: dict[int, Call], hidden: Tensor | None) -> Call:
-        """The arguments of block k on this hidden state; `captured` maps kinds to calls of the same batch."""
-        return self.join(captured[self.kind[k]], hidden)
-
     def join(self, call: Call, hidden: Tensor | None) -> Call:
         """The call with this hidden state in its place."""
         args, kwargs = call
