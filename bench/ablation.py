@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds, value = time.perf_counter() - start, perplexity(model, evaluation).value
             row = {"recipe": name, "step": step, "perplexity": round(value, 3), "compress_seconds": round(seconds, 1)}
             rows.append(row)
+            write(args.out, {"tokens": len(ids), "rows": rows})  # each row takes minutes
             print(f"{name:16} {step:36}{value:8.3f}  {seconds:6.1f} s", file=sys.stderr, flush=True)
-    write(args.out, {"tokens": len(ids), "rows": rows})
 
 
 if __name__ == "__main__":
