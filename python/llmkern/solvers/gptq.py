@@ -60,7 +60,7 @@ def gptq(
     state = as_hessian("gptq", hessian, w)
     factor = state.factor("activation" if act_order == "static" else None, damp)
     target = live(w, state)
-    importance = state.raw().diagonal()
+    importance = factor.costs()
     options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "clip": clip, "scale_dtype": scale_dtype}
     kept = target if mask is None else target * mask
     grid = find_grid(kept, importance, group_size=group_size, **options)

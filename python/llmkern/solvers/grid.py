@@ -59,7 +59,7 @@ def find_grid(
     """The grid of fp32 weight [N, K]; scales are rounded to `scale_dtype` here, before any code is chosen on them.
 
     clip None: each group's whole range; "mse": the clipped range of least squared error; "hessian": the same with each
-    column's error weighted by `importance` fp32 [K] = diag(H).
+    column's error weighted by `importance` fp32 [K]: `Factor.costs` where columns make up for each other, else diag(H).
     """
     if scale_dtype not in FLOATS:
         raise TypeError(f"scale_dtype must be float32, bfloat16 or float16, got {scale_dtype}")

@@ -34,6 +34,15 @@ class Factor:
     added: float
     notes: tuple[str, ...]
 
+    def costs(self) -> Tensor:
+        """fp32 [K], natural order: what an error of 1 in a column costs once all columns after it have made up for it.
+
+        That is diag(V)², the energy of a feature that those after it do not explain: GPTQ's loss is the sum of these
+        times its squared errors. diag(H) would count what the others make good.
+        """
+        costs = self.diagonal.square()
+        return costs if self.order is None else torch.empty_like(costs).index_copy_(0, self.order, costs)
+
 
 class Hessian:
     """Σ xxᵀ over the tokens of one input of K features, fp32.

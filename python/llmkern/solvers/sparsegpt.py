@@ -68,10 +68,9 @@ def sparsegpt(
     target = live(w, state)
     options: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": True, "clip": clip}
     options |= {"scale_dtype": scale_dtype}
-    importance = state.raw().diagonal()
     grid: Grid | None = None
     if bits is not None and not refit:
-        grid = find_grid(target, importance, **options)
+        grid = find_grid(target, factor.costs(), **options)
     if by_admm:
         q, kept, lost = target, admm_mask(target, state, factor.damp, pattern, output), math.nan
     else:
@@ -84,8 +83,8 @@ def sparsegpt(
         else:
             q = coupled_refit(target, q, kept, damped, output, COUPLED_STEPS)
         if bits is not None:
-            grid = find_grid(q, importance, **options)
             again = state.factor("activation", damp)
+            grid = find_grid(q, again.costs(), **options)
             found = (*found, *(note for note in again.notes if note not in found))
             if output is None:
                 q, _ = gptq_columns(q, again, grid, kept)
