@@ -474,6 +474,25 @@ def test_compress_and_inspect_a_mixture(run, mixture, corpus, tmp_path, recipe, 
     }  # fmt: skip
 
 
+def test_the_objective_of_a_recipe_can_be_chosen(run, model, corpus, tmp_path):
+    command = ("compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", 4, "--seqlen", 32)
+    losses = {}
+    for objective in ("model", "layer"):
+        out = tmp_path / objective
+        code, text, err = run(*command, "--out", out, "--objective", objective, "--json")
+        assert code == 0, err
+        report = json.loads(text)
+        assert report["details"]["objective"] == objective
+        losses[objective] = [row["loss"] for row in report["rows"]]
+    code, text, _ = run(*command, "--out", tmp_path / "default", "--json")
+    assert [row["loss"] for row in json.loads(text)["rows"]] == losses["model"] != losses["layer"]
+    code, _, err = run("compress", model, "--recipe", "rtn-int4-g32", "--out", tmp_path / "x", "--objective", "model")
+    assert code == 2
+    assert "is for gptq and sparsegpt" in err
+    plans = [json.loads(run(*command, "--dry-run", "--objective", o, "--json")[1]) for o in ("model", "layer")]
+    assert plans[0]["peak_bytes"] > plans[1]["peak_bytes"]
+
+
 def test_inspect_a_plain_folder_and_a_file(run, model):
     for path in (model, model / "model.safetensors"):
         code, out, _ = run("inspect", path, "--json")

@@ -61,6 +61,7 @@ def nearest_plane(w, h, o, grid, places, mask):
 def test_rows_and_columns_together_are_the_nearest_plane(masked, generator, monkeypatch):
     """Column by column and row by row, with one row per step, equals the one big problem of Kronecker factors."""
     monkeypatch.setattr(output, "ROWS", 1)
+    monkeypatch.setattr(output, "blocks", lambda k, width=5: blocks(k, width))  # of columns, several
     n, k = 7, 12
     w, hessian = torch.randn(n, k, generator=generator), Hessian(k).add(inputs(60, k, generator))
     found = outputs(n, generator)
@@ -243,13 +244,13 @@ def test_tokens_are_weighted_in_the_hessian(monkeypatch):
     llmkern.compress(tiny.llama(), "gptq-int4-g32", ids, progress=False)
     model = tiny.llama()
     _, found = gathered(model, [Call((part,), {}) for part in ids.split(8)])
-    found.settle([found.totals()])
+    squares = {name: torch.cat(parts) for name, parts in found.tokens.items()}
     first = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"]
     hook = model.get_submodule(first[0]).register_forward_pre_hook(lambda _, args: caught.update(x=args[0]))
     with torch.no_grad():
         model(ids)
     hook.remove()
-    weights = torch.cat([sum(found.tokens[name][at] for name in first) for at in (0, 1)])
+    weights = sum((squares[name] / squares[name].mean()).sqrt() for name in first)
     x = (caught["x"] * weights.sqrt().unsqueeze(-1)).reshape(-1, 64).double()
     for name in first:
         hessian, of_outputs = seen[name]

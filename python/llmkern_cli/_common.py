@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,15 @@ def parse_recipe(text: str) -> Recipe:
             return llmkern.Recipe.load(text)
         return llmkern.Recipe.parse(text)
     except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """What --recipe says, and --experts and --objective where a command has them; UsageError if they do not fit."""
+    asked = {key: value for key in ("experts", "objective") if (value := getattr(args, key, None))}
+    try:
+        return replace(parse_recipe(args.recipe), **asked)
+    except ValueError as error:
         raise UsageError(str(error)) from error
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,13 @@ from llmkern_cli._common import (
     Number,
     UsageError,
     at_least,
-    parse_recipe,
     progress,
     quiet_transformers,
+    recipe_of,
     refuse_foreign,
 )
 
 if TYPE_CHECKING:
-    from llmkern.recipe import Recipe
     from llmkern.report import Report
 
 NAME = "compress"
@@ -44,6 +42,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts", choices=("routed", "all"),
         help="of a mixture: calibrate each expert from the tokens routed to it, or from all (default: the recipe's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--objective", choices=("model", "layer"),
+        help="what an error of a layer is measured by: what it does to the model's outputs, which takes a backward "
+        "pass, or the layer's own squared error (default: the recipe's, which is model for gptq and sparsegpt)",
     )  # fmt: skip
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
     parser.add_argument(
@@ -82,7 +85,7 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     from llmkern.state import parts_in
 
     # All that can be refused is refused before the first long step.
-    _recipe(args)
+    recipe_of(args)
     refuse_foreign(args.out)
     state = state_folder(args.out)
     if (parts := parts_in(state)) and not args.resume:
@@ -102,24 +105,18 @@ def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     return {**json.loads(report.to_json()), "out": str(args.out), "seconds": time.perf_counter() - start}
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    """What --recipe and --experts say."""
-    recipe = parse_recipe(args.recipe)
-    return replace(recipe, experts=args.experts) if args.experts else recipe
-
-
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and the windows if the recipe needs any."""
     from llmkern import data
     from llmkern.models import load_model, open_streamed
 
-    streamed = _streamed(args.model, args.stream, _recipe(args))
+    streamed = _streamed(args.model, args.stream, recipe_of(args))
     text = data.read_text(args.calibration)
     quiet_transformers()
     progress(f"streaming {args.model}, {streamed}" if streamed else f"loading {args.model}")
     model, tokenizer = open_streamed(args.model) if streamed else load_model(args.model)
     windows = None
-    if _recipe(args).needs_calibration:
+    if recipe_of(args).needs_calibration:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
     return model, tokenizer, windows
 
@@ -128,7 +125,7 @@ def _compress(args: argparse.Namespace, model: Any, windows: Any, device: Any) -
     import llmkern
 
     state = state_folder(args.out)
-    return llmkern.compress(model, _recipe(args), windows, device=device, state_dir=state, strict=args.strict)
+    return llmkern.compress(model, recipe_of(args), windows, device=device, state_dir=state, strict=args.strict)
 
 
 def state_folder(out: Path) -> Path:

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from llmkern_cli._common import Number, UsageError, at_least, megabytes, parse_recipe, quiet_transformers, table
+from llmkern_cli._common import Number, UsageError, at_least, megabytes, quiet_transformers, recipe_of, table
 
 NAME = "plan"
 HELP = "What a recipe would do to a model, from its config and headers alone: layers, bytes, memory, time."
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llmkern.models import open_skeleton
     from llmkern.planning import plan
 
-    recipe = parse_recipe(args.recipe)
+    recipe = recipe_of(args)
     quiet_transformers()
     model = open_skeleton(args.model)
     try:
