@@ -32,7 +32,8 @@ from llmkern.solvers.output import OutputHessian
 from llmkern.streaming import held
 
 # Tokens per forward where a batch can be divided: the logits of each are in memory twice.
-TOKENS = 1024
+TOKENS = 512
+ROWS = 64  # of a distribution that labels are drawn from at a time
 SEED = 0  # of the labels
 
 
@@ -136,10 +137,10 @@ def _drawn(output: Any, rows: Tensor | None, draw: torch.Generator) -> tuple[Ten
     with torch.no_grad():
         p = torch.softmax(logits.detach().float(), -1).view(-1, logits.shape[-1])
         below = torch.rand(len(p), 1, generator=draw).to(p.device)
-        reached = p.cumsum(-1)
-        label = torch.searchsorted(reached, below * reached[:, -1:]).clamp_(max=p.shape[-1] - 1)
-        del reached
-        p.scatter_add_(-1, label, p.new_full((len(p), 1), -1.0))
+        for part, chance in zip(p.split(ROWS), below.split(ROWS), strict=True):
+            reached = part.cumsum(-1)
+            label = torch.searchsorted(reached, chance * reached[:, -1:]).clamp_(max=part.shape[-1] - 1)
+            part.scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
         p = p.view(logits.shape)
         if rows is not None and rows.shape == p.shape[:-1]:
             p *= rows.to(p).unsqueeze(-1)

@@ -154,7 +154,7 @@ def _work(
     logits = 2 * seqlen * rows * item  # of the one sequence that shows how the model is wired
     felt = [weight.shape[0] for name, weight in shapes.items() if chosen[name].by_model]
     if felt:
-        logits = 3 * max(seqlen, min(TOKENS, samples * seqlen)) * rows * 4  # with their gradient
+        logits = 2 * max(seqlen, min(TOKENS, samples * seqlen)) * rows * 4  # with their gradient
     outputs = sum(4 * n * min(n, PART) for n in felt)
     return hidden + forward + solver + logits + outputs + RUNTIME, hidden
 
