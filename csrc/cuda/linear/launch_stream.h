@@ -1,5 +1,5 @@
-// From an op's arguments to one of the instances of stream_kernel. The Python side (ops/_cuda.py `codes_plan`) chooses the
-// sizes and has checked the tensors.
+// From an op's arguments to one of the instances of stream_kernel. The Python side (ops/_cuda.py `codes_plan`) chooses
+// the sizes and has checked the tensors.
 #pragma once
 
 #include "cuda/linear/launch.h"
