@@ -154,6 +154,8 @@ def test_what_does_not_fit_is_refused():
     found.add(torch.randn(5, 8))
     with pytest.raises(ValueError, match=r"sparsegpt: weight is \[N, K\]=\[4, 16\], but output is of N=8"):
         sparsegpt(w[:4], torch.eye(16), output=found)
+    with pytest.raises(ValueError, match="gptq: weight is on cpu, but output is on meta"):
+        gptq(w, torch.eye(16), group_size=8, output=found.to(torch.device("meta")))
     with pytest.raises(ValueError, match='got act_order="dynamic"'):
         gptq(w, torch.eye(16), group_size=8, act_order="dynamic", output=found)
     with pytest.raises(ValueError, match="output needs refit=True"):

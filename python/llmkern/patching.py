@@ -138,7 +138,7 @@ def solve_and_keep(
         # A view of a mapped file may start anywhere, and sums over it round otherwise than over memory of our own.
         weight = weight.clone()
     try:
-        solution = solve(weight, hessian, recipe, output)
+        solution = solve(weight, hessian, recipe, None if output is None else output.to(weight.device))
     except (ValueError, TypeError) as error:
         raise type(error)(f"{caller}: layer {name} ({recipe!s}): {error}") from error
     notes, problems = facts_and_problems(solution)

@@ -40,6 +40,14 @@ class OutputHessian:
         """How many tokens were added."""
         return self.parts[0].tokens
 
+    def to(self, device: torch.device) -> OutputHessian:
+        """The same sums on another device; itself where they are there."""
+        if device == self.parts[0].device:
+            return self
+        moved = OutputHessian(self.n, "meta")
+        moved.parts = [Hessian.from_partial(part.partial().to(device), part.tokens) for part in self.parts]
+        return moved
+
     def add(self, gradient: Tensor) -> None:
         """Add the tokens of gradient [..., N], any float dtype. ValueError for a NaN or infinity in it."""
         for at, part in zip(self.places, self.parts, strict=True):
@@ -60,6 +68,8 @@ def check_output(name: str, output: OutputHessian | None, w: Tensor) -> None:
         return
     if output.n != len(w):
         raise ValueError(f"{name}: weight is [N, K]={list(w.shape)}, but output is of N={output.n}")
+    if output.parts[0].device != w.device:
+        raise ValueError(f"{name}: weight is on {w.device}, but output is on {output.parts[0].device}")
     if not output.tokens:
         raise ValueError(f"{name}: output has seen zero tokens")
 
