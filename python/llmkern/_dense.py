@@ -124,6 +124,19 @@ def full_fp32() -> Iterator[None]:
             matmul.fp32_precision = before
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, a CPU computes with one thread: for thousands of steps too small to divide, between which threads would
+    wait for each other, and on a busy machine for the scheduler.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def squared(x: Tensor) -> Tensor:
     """|x|² of a contiguous fp32 x, a fp64 scalar."""
     flat = x.view(-1)

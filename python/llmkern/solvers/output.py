@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import product
+from llmkern._dense import one_thread, product
 from llmkern.solvers.columns import blocks, descend
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor, Hessian
@@ -79,7 +79,9 @@ def coupled_columns(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, 
     parts = []
     for index, at in enumerate(output.places):
         kept = None if mask is None else mask[at]
-        parts.append(_coupled_part(w[at], factor, grid.rows(at), kept, output.factor(index)))
+        rows = output.factor(index)
+        with one_thread():
+            parts.append(_coupled_part(w[at], factor, grid.rows(at), kept, rows))
     return torch.cat(parts)
 
 
@@ -137,10 +139,11 @@ def further(
         coupling /= coupling.diagonal().unsqueeze(1).clone()
         coupling.fill_diagonal_(0)
         moved = (w - q)[at]
-        for rows in blocks(at.stop - at.start, ROWS):
-            here = slice(at.start + rows.start, at.start + rows.stop)
-            kept = None if mask is None else mask[here]
-            target = w[here] + product(coupling[rows], moved)
-            q[here] = descend(target, q[here], damped, grid.rows(here), kept, passes)
-            moved[rows] = w[here] - q[here]
+        with one_thread():
+            for rows in blocks(at.stop - at.start, ROWS):
+                here = slice(at.start + rows.start, at.start + rows.stop)
+                kept = None if mask is None else mask[here]
+                target = w[here] + product(coupling[rows], moved)
+                q[here] = descend(target, q[here], damped, grid.rows(here), kept, passes)
+                moved[rows] = w[here] - q[here]
     return q
