@@ -129,21 +129,30 @@ def further(
     """Coordinate descent over the codes of q [N, K] on tr(O (w - q) damped (w - q)ᵀ), natural order; returns the new q.
 
     Without `output` O is 1 and rows do not matter to each other. With it ROWS rows at a time go towards what is best
-    for each while all others stay as they are.
+    for each while all others stay as they are. They may all make up for one error then, so a step that does not lower
+    the objective is not taken.
     """
     if output is None:
         return descend(w, q, damped, grid, mask, passes)
     q = q.clone()
     for index, at in enumerate(output.places):
-        coupling = output.damped(index)
-        coupling /= coupling.diagonal().unsqueeze(1).clone()
-        coupling.fill_diagonal_(0)
+        coupled = output.damped(index)
         moved = (w - q)[at]
         with one_thread():
             for rows in blocks(at.stop - at.start, ROWS):
                 here = slice(at.start + rows.start, at.start + rows.stop)
+                own = coupled[rows, rows]
+                others = product(coupled[rows], moved).sub_(own @ moved[rows])
+                pull = others + own @ moved[rows] - own.diagonal().unsqueeze(1) * moved[rows]
                 kept = None if mask is None else mask[here]
-                target = w[here] + product(coupling[rows], moved)
-                q[here] = descend(target, q[here], damped, grid.rows(here), kept, passes)
-                moved[rows] = w[here] - q[here]
+                target = w[here] + pull / own.diagonal().unsqueeze(1)
+                step = descend(target, q[here], damped, grid.rows(here), kept, passes)
+                after = w[here] - step
+                if _felt(after, own, others, damped) < _felt(moved[rows], own, others, damped):
+                    q[here], moved[rows] = step, after
     return q
+
+
+def _felt(difference: Tensor, own: Tensor, others: Tensor, damped: Tensor) -> Tensor:
+    """What tr(O D H Dᵀ) has of some rows' D, a scalar: `own` is their block of O, `others` is O D of the other rows."""
+    return ((own @ difference + 2 * others) * product(difference, damped)).sum(dtype=torch.float64)
