@@ -84,7 +84,8 @@ def read(name: str) -> dict[str, Any]:
 def where(result: dict[str, Any]) -> str:
     """Machine and commit of a result."""
     machine = result["machine"]
-    return f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, torch {machine['torch']}, commit {machine['commit']}"
+    threads = f"{machine['threads']} thread" + "s" * (machine["threads"] != 1)
+    return f"{machine['cpu']}, {threads}, torch {machine['torch']}, commit {machine['commit']}"
 
 
 def quality(result: dict[str, Any]) -> str:

@@ -258,8 +258,10 @@ class SharedInputs:
                 self._fresh.add(name)
         leader = self._leader[name]
         if leader == name:
-            if kept.numel():
-                self._inputs.append((name, x))
+            if kept.numel() and self.weights:
+                self._inputs.append((name, x.clone()))  # what comes next may write to it
+            elif kept.numel():
+                self._add(name, x, None)
         elif first != leader:
             raise RuntimeError(f"{name} and {leader} shared their input in one batch, but not in every batch")
 
