@@ -16,11 +16,10 @@ from typing import Any
 from unittest import mock
 
 import llmkern
+from bench.quality import protocol
 from bench.results import write
-from llmkern import data
 from llmkern.evaluate import perplexity
 from llmkern.fisher import Sensitivity
-from llmkern.models import load_model
 
 PUBLISHED = {"act_order": "dynamic", "clip": None}
 # (what it is, fields of the recipe, the part of the sensitivity that is used)
@@ -67,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := set(args.recipes) - set(STEPS):
         parser.error(f"unknown recipe {', '.join(sorted(unknown))}; known: {', '.join(STEPS)}")
-    dense, tokenizer = load_model("smollm2")
-    ids = data.token_ids(tokenizer, data.builtin_text())
-    calibration, evaluation = data.calibration_windows(ids, 32, 512), data.evaluation_windows(ids, 16, 512)
+    dense, calibration, evaluation, tokens = protocol()
     rows = []
     for name in args.recipes or STEPS:
         for step, fields, parts in STEPS[name]:
@@ -79,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds, value = time.perf_counter() - start, perplexity(model, evaluation).value
             row = {"recipe": name, "step": step, "perplexity": round(value, 3), "compress_seconds": round(seconds, 1)}
             rows.append(row)
-            write(args.out, {"tokens": len(ids), "rows": rows})  # each row takes minutes
+            write(args.out, {"tokens": tokens, "rows": rows})  # each row takes minutes
             print(f"{name:16} {step:36}{value:8.3f}  {seconds:6.1f} s", file=sys.stderr, flush=True)
 
 

@@ -11,6 +11,9 @@ import copy
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 import llmkern
 from bench.results import write
@@ -31,6 +34,13 @@ GOALS = {
 }
 
 
+def protocol() -> tuple[Any, Tensor, Tensor, int]:
+    """The dense model, its calibration and evaluation windows, and how many tokens the text has."""
+    model, tokenizer = load_model("smollm2")
+    ids = data.token_ids(tokenizer, data.builtin_text())
+    return model, data.calibration_windows(ids, 32, 512), data.evaluation_windows(ids, 16, 512), len(ids)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(GOALS)} (all)")
@@ -38,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := set(args.recipes) - set(GOALS):
         parser.error(f"unknown recipe {', '.join(sorted(unknown))}; known: {', '.join(GOALS)}")
-    dense, tokenizer = load_model("smollm2")
-    ids = data.token_ids(tokenizer, data.builtin_text())
-    calibration = data.calibration_windows(ids, 32, 512)
-    evaluation = data.evaluation_windows(ids, 16, 512)
+    dense, calibration, evaluation, tokens = protocol()
     rows = []
     for recipe in args.recipes or GOALS:
         papers, wanted = GOALS[recipe]
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "met": round(value, 2) <= wanted, "compress_seconds": round(seconds, 1),
         })  # fmt: skip
         print(f"{recipe:24}{value:8.3f}  wanted {wanted:6.2f}  {seconds:6.1f} s", file=sys.stderr, flush=True)
-    write(args.out, {"tokens": len(ids), "rows": rows})
+    write(args.out, {"tokens": tokens, "rows": rows})
 
 
 if __name__ == "__main__":

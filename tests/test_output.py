@@ -9,12 +9,13 @@ from llmkern import fisher, pipeline
 from llmkern.blocks import Call
 from llmkern.calibration import quiet
 from llmkern.nn import is_linear
-from llmkern.solvers import Hessian, OutputHessian, gptq, output, sparsegpt
+from llmkern.solvers import Hessian, OutputHessian, coupled, gptq, output, sparsegpt
 from llmkern.solvers.admm import _Ridge
 from llmkern.solvers.columns import blocks
+from llmkern.solvers.coupled import coupled_columns, coupled_descent
 from llmkern.solvers.grid import find_grid
-from llmkern.solvers.output import DAMP, coupled_columns, further
-from llmkern.solvers.refit import coupled_refit
+from llmkern.solvers.output import DAMP
+from llmkern.solvers.refit import refit
 
 
 def inputs(n, k, generator):
@@ -60,8 +61,8 @@ def nearest_plane(w, h, o, grid, places, mask):
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_and_columns_together_are_the_nearest_plane(masked, generator, monkeypatch):
     """Column by column and row by row, with one row per step, equals the one big problem of Kronecker factors."""
-    monkeypatch.setattr(output, "ROWS", 1)
-    monkeypatch.setattr(output, "blocks", lambda k, width=5: blocks(k, width))  # of columns, several
+    monkeypatch.setattr(coupled, "ROWS", 1)
+    monkeypatch.setattr(coupled, "blocks", lambda k, width=5: blocks(k, width))  # of columns, several
     n, k = 7, 12
     w, hessian = torch.randn(n, k, generator=generator), Hessian(k).add(inputs(60, k, generator))
     found = outputs(n, generator)
@@ -91,7 +92,7 @@ def test_coupled_rows_cost_the_model_less(n, k, generator):
 @pytest.mark.parametrize("rows", [1, 16])
 def test_descent_lowers_what_the_model_feels(rows, alike, generator, monkeypatch):
     """Also where 16 rows do the same to the output, and each would make up for the whole of an error."""
-    monkeypatch.setattr(output, "ROWS", rows)
+    monkeypatch.setattr(coupled, "ROWS", rows)
     n, k = 40, 40
     w, hessian = torch.randn(n, k, generator=generator), Hessian(k).add(inputs(200, k, generator))
     found = OutputHessian(n)
@@ -101,7 +102,7 @@ def test_descent_lowers_what_the_model_feels(rows, alike, generator, monkeypatch
     q = coupled_columns(w, hessian.factor("activation", 0.01), grid, None, found) if alike else grid.nearest(w)
     before = cost(w - q, o, h)
     for passes in (1, 2):
-        q = further(w, q, h, grid, None, passes, found)
+        q = coupled_descent(w, q, h, grid, None, passes, found)
         after = cost(w - q, o, h)
         assert after <= before * (1 + 1e-6) if alike else after < before
         before = after
@@ -112,7 +113,7 @@ def test_refit_of_coupled_rows_is_least_squares(generator):
     w, h = torch.randn(n, k, generator=generator), Hessian(k).add(inputs(80, k, generator)).damped(0.01)
     found = outputs(n, generator)
     mask = torch.rand(n, k, generator=generator) < 0.5
-    got = coupled_refit(w, w * mask, mask, h, found, steps=200)
+    got = refit(w, w * mask, mask, h, 200, found)
     quadratic = torch.kron(damped(found), h.double())
     at = mask.reshape(-1)
     wanted = torch.zeros(n * k, dtype=torch.float64)

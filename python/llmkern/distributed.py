@@ -145,7 +145,7 @@ class Team(Alone):
         """The sums over all ranks, of a layer at a time."""
         for name, size in found.sizes.items():
             output = found.outputs.get(name) or OutputHessian(size, self._wire)
-            output.parts = [self._summed(part) for part in output.parts]
+            output.parts = [self._summed(part, set(range(self.size))) for part in output.parts]
             found.outputs[name] = output
         found.settle(self.each(found.totals))
 
@@ -181,33 +181,25 @@ class Team(Alone):
         shapes = [{name: dense_weight(self.model.get_submodule(name)).shape for name in names} for names in groups]
         return share_out(shapes, self.size, factor=factor)
 
-    def _summed(self, hessian: Hessian) -> Hessian:
-        total, tokens = hessian.partial(), torch.tensor(hessian.tokens)
-        if f"{total.device.type}:" not in str(dist.get_backend_config()):
-            total = total.to(self._wire)
-        tokens = tokens.to(total.device)
-        with self._together():
-            dist.all_reduce(total)
-            dist.all_reduce(tokens)
-        return Hessian.from_partial(total.to(hessian.device), int(tokens))
-
     def _reduced(self, hessian: Hessian | None, name: str, owners: Mapping[str, int]) -> Hessian | None:
         """The Hessian of the layer `name` over the batches of all ranks, on those that own a layer of its group."""
         weight = dense_weight(self.model.get_submodule(name))
-        mine = hessian or Hessian(weight.shape[1], weight.device)
+        wanted = set(owners.values())
+        total = self._summed(hessian or Hessian(weight.shape[1], weight.device), wanted)
+        return total if self.rank in wanted and total.tokens else None
+
+    def _summed(self, mine: Hessian, wanted: set[int]) -> Hessian:
+        """The sum over all ranks; on ranks that are not `wanted` it may be anything."""
         total = mine.partial()
         if f"{total.device.type}:" not in str(dist.get_backend_config()):
             total = total.to(self._wire)
         tokens = torch.tensor(mine.tokens, device=total.device)
-        wanted = set(owners.values())
         with self._together():
             for part in (total, tokens):
                 if len(wanted) == 1:
                     dist.reduce(part, min(wanted))
                 else:
                     dist.all_reduce(part)
-        if self.rank not in wanted or not int(tokens):
-            return None
         return Hessian.from_partial(total.to(mine.device), int(tokens))
 
     def _broadcast(self, data: bytes | None, size: int, source: int) -> bytes:

@@ -196,6 +196,8 @@ class _Run:
         It is the dense model's, and no part of a state: a resumed run gathers it again, to the same bits.
         """
         wanted = {name: self.model.get_submodule(name) for name, recipe in self.chosen.items() if recipe.by_model}
+        if not wanted:
+            return None
         found = Sensitivity(wanted)
         numbered = {self.team.rank + at * self.team.size: batch for at, batch in enumerate(self.batches)}
 
@@ -206,12 +208,10 @@ class _Run:
                 return str(reason)
             return ""
 
-        reason = next(filter(None, self.team.each(work)), "") if wanted else "not asked for"
-        if reason and wanted:
+        if reason := next(filter(None, self.team.each(work)), ""):
             if self.strict:
                 raise ValueError(f"compress: {NO_SENSITIVITY}: {reason} (strict)")
             self.report.notes.append(f"{NO_SENSITIVITY}: {reason}")
-        if reason:
             return None
         self.team.add_up(found)
         return found

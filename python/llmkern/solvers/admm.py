@@ -53,13 +53,12 @@ class _Ridge:
         self.energies = [energies.unsqueeze(0)]
         if output is not None:
             self.rows, self.energies = [], []
-            self.scaled = self.scaled.clone()
             for at, part in zip(output.places, output.parts, strict=True):
                 row_scale, row_energies, row_basis = part.spectrum(DAMP)
                 self.scaled[at] *= row_scale.unsqueeze(1)
                 self.rows.append((at, row_basis))
                 self.energies.append(row_energies.unsqueeze(1) * energies)
-        self.mean = float(sum(float(part.mean()) for part in self.energies)) / len(self.energies)
+        self.mean = sum(float(part.mean()) for part in self.energies) / len(self.energies)
         self.target = [
             self._turn(self.scaled[at], basis).mul_(part)
             for (at, basis), part in zip(self.rows, self.energies, strict=True)

@@ -20,9 +20,10 @@ from llmkern.solvers._checks import (
     live,
 )
 from llmkern.solvers.columns import gptq_columns
+from llmkern.solvers.coupled import coupled_columns, coupled_descent
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
-from llmkern.solvers.output import OutputHessian, check_output, coupled_columns, further
+from llmkern.solvers.output import OutputHessian, check_output
 from llmkern.solvers.solution import Solution, pack_quantized, relative_loss
 
 ORDERS = ("static", "dynamic", None)
@@ -75,6 +76,6 @@ def gptq(
         q, lost = coupled_columns(target, factor, grid, mask, output), math.nan
     if descent:
         lost = math.nan
-        q = further(target, q, state.damped(factor.damp), grid, mask, descent, output)
+        q = coupled_descent(target, q, state.damped(factor.damp), grid, mask, descent, output)
     packed, notes = pack_quantized(q, grid, mask)
     return Solution(q, packed, mask, relative_loss(w, q, state, lost), factor.damp, (*factor.notes, *notes))

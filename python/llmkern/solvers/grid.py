@@ -41,7 +41,8 @@ class Grid:
     def rows(self, at: slice | Tensor) -> Grid:
         """The grid of some of the rows."""
         zeros = None if self.zeros is None else self.zeros[at].contiguous()
-        return replace(self, scales=self.scales[at].contiguous(), zeros=zeros)
+        collapsed = None if self.collapsed is None else self.collapsed[at]
+        return replace(self, scales=self.scales[at].contiguous(), zeros=zeros, collapsed=collapsed)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """fp32 [N, K], natural order: every weight rounded to the nearest value of its group's grid."""

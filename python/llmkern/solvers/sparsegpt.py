@@ -21,17 +21,17 @@ from llmkern.solvers._checks import (
 )
 from llmkern.solvers.admm import admm_mask
 from llmkern.solvers.columns import gptq_columns, sparsegpt_columns
+from llmkern.solvers.coupled import coupled_columns, coupled_descent
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
-from llmkern.solvers.output import OutputHessian, check_output, coupled_columns, further
-from llmkern.solvers.refit import coupled_refit
+from llmkern.solvers.output import OutputHessian, check_output
 from llmkern.solvers.refit import refit as refit_kept
 from llmkern.solvers.solution import Solution, pack_kept, pack_quantized, relative_loss
 
 # Conjugate gradients from SparseGPT's own weights then have 96 to 99.8 % of what exact least squares gains over them
 # (measured on SmolLM2's layers; 10 steps have 90 to 99 %).
 REFIT_STEPS = 15
-COUPLED_STEPS = 25
+COUPLED_STEPS = 25  # one system of all rows takes more of them
 
 
 def sparsegpt(
@@ -78,10 +78,7 @@ def sparsegpt(
     if refit:
         lost = math.nan
         damped = state.damped(factor.damp)
-        if output is None:
-            q = refit_kept(target, q, kept, damped, REFIT_STEPS)
-        else:
-            q = coupled_refit(target, q, kept, damped, output, COUPLED_STEPS)
+        q = refit_kept(target, q, kept, damped, REFIT_STEPS if output is None else COUPLED_STEPS, output)
         if bits is not None:
             again = state.factor("activation", damp)
             grid = find_grid(q, again.costs(), **options)
@@ -90,7 +87,7 @@ def sparsegpt(
                 q, _ = gptq_columns(q, again, grid, kept)
             else:
                 q = coupled_columns(q, again, grid, kept, output)
-            q = further(target, q, damped, grid, kept, descent, output)
+            q = coupled_descent(target, q, damped, grid, kept, descent, output)
     if grid is not None:
         packed, notes = pack_quantized(q, grid, kept)
     else:

@@ -1,0 +1,103 @@
+"""The column loop and coordinate descent for rows that are coupled by an `OutputHessian`.
+
+With O = U Uᵀ, U upper triangular, and U' = U / diag(U) by columns, the row to round is
+w_i + Σ_{i'<i} (w_i' - q_i') U'_i'i, and inside it GPTQ's columns: the feedback of `solvers.columns` along both sides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern import ops
+from llmkern._dense import one_thread, product
+from llmkern.solvers.columns import blocks, descend
+from llmkern.solvers.grid import Grid
+from llmkern.solvers.hessian import Factor
+from llmkern.solvers.output import OutputHessian
+
+# Rows that one kernel call rounds, without feedback between them: a vector of fp32.
+ROWS = 16
+
+
+def coupled_columns(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: OutputHessian) -> Tensor:
+    """GPTQ over all columns of w [N, K], in the factor's order, with feedback between rows as well; natural order."""
+    parts = []
+    for index, at in enumerate(output.places):
+        kept = None if mask is None else mask[at]
+        rows = output.factor(index)
+        with one_thread():
+            parts.append(_coupled_part(w[at], factor, grid.rows(at), kept, rows))
+    return torch.cat(parts)
+
+
+def _coupled_part(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: Factor) -> Tensor:
+    """The same for rows that are coupled.
+
+    Columns go outside, rows inside: each step is then a product with what is left of one matrix or the other.
+    """
+    n, k = w.shape
+    order, rank = output.order, factor.order
+    assert order is not None  # it was asked for
+    w, grid = w[order], grid.rows(order)
+    mask = None if mask is None else mask[order]
+    if rank is not None:
+        w = w.index_select(1, rank)
+        mask = None if mask is None else mask.index_select(1, rank)
+    groups = grid.groups(rank, k)
+    steps = [(rows, grid.rows(rows)) for rows in blocks(n, ROWS)]
+    q, error = torch.empty_like(w), torch.empty_like(w)
+    for at in blocks(k):
+        before, unit = w[:, at].contiguous(), factor.unit[at, at].contiguous()
+        carried = product(error[:, : at.start], factor.unit[: at.start, at]) if at.start else torch.zeros_like(before)
+        moved = torch.empty_like(before)
+        for rows, part in steps:
+            target = before[rows]
+            if rows.start:
+                target = torch.addmm(target, output.unit[: rows.start, rows].T, moved[: rows.start])
+            kept = None if mask is None else mask[rows, at].contiguous()
+            chosen = ops.gptq_block(
+                target, target + carried[rows], unit, part.scales, part.zeros, groups[at], kept, grid.bits
+            )
+            moved[rows] = before[rows] - chosen
+            error[rows, at] = target - chosen
+            q[rows, at] = chosen
+    result = torch.empty_like(w)
+    if rank is not None:
+        q = q.index_select(1, rank.argsort())
+    result[order] = q
+    return result
+
+
+def coupled_descent(
+    w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | None, passes: int, output: OutputHessian | None
+) -> Tensor:
+    """Coordinate descent over the codes of q [N, K] on tr(O (w - q) damped (w - q)ᵀ), natural order; returns the new q.
+
+    Without `output` O is 1 and rows do not matter to each other. With it ROWS rows at a time go towards what is best
+    for each while all others stay as they are. They may all make up for one error then, so a step that does not lower
+    the objective is not taken.
+    """
+    if output is None:
+        return descend(w, q, damped, grid, mask, passes)
+    q = q.clone()
+    for index, at in enumerate(output.places):
+        coupled = output.damped(index)
+        moved = (w - q)[at]
+        with one_thread():
+            for rows in blocks(at.stop - at.start, ROWS):
+                here = slice(at.start + rows.start, at.start + rows.stop)
+                own, all_rows = coupled[rows, rows], product(coupled[rows], moved)
+                others = all_rows - own @ moved[rows]
+                kept = None if mask is None else mask[here]
+                target = w[here] + all_rows / own.diagonal().unsqueeze(1) - moved[rows]
+                step = descend(target, q[here], damped, grid.rows(here), kept, passes)
+                after = w[here] - step
+                if _felt(after, own, others, damped) < _felt(moved[rows], own, others, damped):
+                    q[here], moved[rows] = step, after
+    return q
+
+
+def _felt(difference: Tensor, own: Tensor, others: Tensor, damped: Tensor) -> Tensor:
+    """What tr(O D H Dᵀ) has of some rows' D, a scalar: `own` is their block of O, `others` is O D of the other rows."""
+    return ((own @ difference + 2 * others) * product(difference, damped)).sum(dtype=torch.float64)
