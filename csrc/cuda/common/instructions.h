@@ -56,6 +56,10 @@ LLMKERN_DEVICE void sync_cluster() {
             : "memory");
 }
 
+// The same in two steps: what comes between them is not waited for.
+LLMKERN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
+LLMKERN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
+
 // What the block of this rank in the cluster has at the same place of its shared memory.
 LLMKERN_DEVICE float load_cluster(const float* mine, int rank) {
     float value;
@@ -73,6 +77,8 @@ LLMKERN_DEVICE int load_cluster(const int* mine, int rank) {
 }
 #else
 LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
+LLMKERN_DEVICE void cluster_arrive() {}
+LLMKERN_DEVICE void cluster_wait() { __syncthreads(); }
 LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
 LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
 #endif
@@ -139,6 +145,9 @@ LLMKERN_DEVICE void copy_async(void* to, const void* from, int bytes) {
 LLMKERN_DEVICE void copy_async8(void* to, const void* from, int bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
+}
+LLMKERN_DEVICE void copy_async4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 // All 16, or zeros: which takes fewer instructions.
 LLMKERN_DEVICE void copy_async_if(bool there, void* to, const void* from) {

@@ -67,6 +67,16 @@ struct Int4 {
         }
     }
 
+    // q + RAW_BIAS<T>, in fewer operations.
+    template <class T>
+    static constexpr float RAW_BIAS = std::is_same_v<T, F16> ? 0.0f : 136.0f;
+    template <class T>
+    static LLMKERN_DEVICE void decode_raw(uint32_t word, uint32_t (&pairs)[PAIRS]) {
+        if constexpr (std::is_same_v<T, F16>) return decode<T>(word, offset<T>(0), pairs);
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) pairs[i] = mask_or(word >> 4 * i, 0x000f000f, Magic<T>::PAIR);
+    }
+
     // x of a word's columns, in pairs of neighbours, to the pairs above.
     static LLMKERN_DEVICE void arrange(uint32_t (&x)[PAIRS]) {
         const uint32_t a = x[0], b = x[1], c = x[2], d = x[3];
@@ -125,6 +135,19 @@ struct Int8 {
                                               mask_or(w, 0x007f007f, Magic<T>::PAIR));
                 pairs[i] = fma2<T>(code, Magic<T>::ONE, offset.pair);
             }
+        }
+    }
+
+    template <class T>
+    static constexpr float RAW_BIAS = 0;
+    template <class T>
+    static LLMKERN_DEVICE void decode_raw(uint32_t word, uint32_t (&pairs)[PAIRS]) {
+        if constexpr (std::is_same_v<T, F16>) return decode<T>(word, offset<T>(0), pairs);
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            const uint32_t w = word >> 8 * i;
+            pairs[i] = fma2<T>(mask_or(w, 0x00800080, Magic<T>::PAIR), Magic<T>::MINUS_ONE,
+                               mask_or(w, 0x007f007f, Magic<T>::PAIR));
         }
     }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <utility>
 
 namespace llmkern::cuda::emulated {
 
@@ -101,6 +102,22 @@ void meet(Group& group, int place, const char* operation, void* record, const st
         const long mine = group.generation;
         wait_until([&] { return group.generation != mine; });
     }
+}
+
+void arrive(Group& group) {
+    if (machine.current->awaited >= 0) throw std::runtime_error("a thread arrives twice without waiting");
+    machine.current->awaited = group.generation;
+    machine.steps++;
+    if (++group.arrived == group.size) {
+        group.arrived = 0;
+        group.generation++;
+    }
+}
+
+void wait(Group& group) {
+    const long mine = std::exchange(machine.current->awaited, -1);
+    if (mine < 0) throw std::runtime_error("a thread waits without having arrived");
+    wait_until([&] { return group.generation != mine; });
 }
 
 void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std::function<void()>& body) {

@@ -66,6 +66,7 @@ struct Fiber {
     std::vector<std::vector<AsyncProduct>> product_groups;  // committed, oldest first
     std::vector<AsyncProduct> open_products;
     bool registers_fenced = false;
+    long awaited = -1;  // generation of the group in which this thread has arrived
 };
 
 struct Machine {
@@ -84,6 +85,10 @@ void wait_until(const std::function<bool()>& ready);
 // Every thread of the group brings a record; the last one runs `work` on all of them. Raises when they do not come for
 // the same operation.
 void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work);
+
+// A meeting in two steps: `wait` returns when every thread of the group has arrived as often as this one.
+void arrive(Group& group);
+void wait(Group& group);
 
 inline Group& my_warp() { return machine.current->block->warps[machine.current->thread / LANES]; }
 inline Group& my_warpgroup() { return machine.current->block->warpgroups[machine.current->thread / (4 * LANES)]; }

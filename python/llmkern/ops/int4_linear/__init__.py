@@ -97,7 +97,11 @@ def cuda_rejects(
         return _cuda.rejects_groups(group_size, x.shape[-1], 128)
     if activations is not None:
         return f"keeps activations as they are, but activations={activations!r} is asked for"
-    return _cuda.rejects_groups(group_size, x.shape[-1], 32)
+    if reason := _cuda.rejects_groups(group_size, x.shape[-1], 32):
+        return reason
+    if kernel == "ring":
+        return _cuda.rejects_ring(x, words, 4 * words.shape[1], 128, scales, zeros)
+    return None
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, words: Tensor, *rest: Any) -> str | None:

@@ -56,7 +56,11 @@ def cuda_rejects(
     kernel: str, x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, group_size: int
 ) -> str | None:
     """Why a CUDA kernel cannot run on these arguments."""
-    return _cuda.rejects_groups(group_size, x.shape[-1], 16)
+    if reason := _cuda.rejects_groups(group_size, x.shape[-1], 16):
+        return reason
+    if kernel == "ring":
+        return _cuda.rejects_ring(x, codes, codes.shape[1], 64, scales, zeros)
+    return None
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, codes: Tensor, *rest: Any) -> str | None:

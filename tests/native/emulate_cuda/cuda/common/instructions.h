@@ -56,6 +56,9 @@ inline void sync_cluster() {
     meet(*machine.cluster_group, place, "sync_cluster", nullptr, [](void* const*) {});
 }
 
+inline void cluster_arrive() { emulated::arrive(*machine.cluster_group); }
+inline void cluster_wait() { emulated::wait(*machine.cluster_group); }
+
 template <class V>
 V load_cluster(const V* mine, int rank) {
     const auto offset = reinterpret_cast<const uint8_t*>(mine) - shared_memory();
@@ -130,6 +133,7 @@ void copy_in_background(void* to, const void* from, int bytes) {
 }
 inline void copy_async(void* to, const void* from, int bytes) { copy_in_background<16>(to, from, bytes); }
 inline void copy_async8(void* to, const void* from, int bytes) { copy_in_background<8>(to, from, bytes); }
+inline void copy_async4(void* to, const void* from) { copy_in_background<4>(to, from, 4); }
 inline void copy_async_if(bool there, void* to, const void* from) { copy_async(to, from, there ? 16 : 0); }
 inline void copy_async_commit() {
     auto& fiber = *machine.current;

@@ -1,0 +1,90 @@
+// From an op's arguments to one of the instances of ring_kernel. The Python side (ops/_cuda.py `ring_plan`) chooses the
+// sizes and has checked the tensors.
+#pragma once
+
+#include "cuda/linear/launch.h"
+#include "cuda/linear/ring_codes.h"
+
+namespace llmkern::cuda {
+
+inline int upto(int64_t value, int multiple) { return int((value + multiple - 1) / multiple * multiple); }
+
+// plan.row_tiles: groups of warps in a block, each with tiles of its own.
+template <class Weights, class T, int TOKEN_TILES>
+void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const Plan& plan) {
+    constexpr int WARPS = RING_WARPS<TOKEN_TILES>;
+    const int64_t chunks = (l.k + Weights::CHUNK - 1) / Weights::CHUNK;
+    const int64_t tiles = (l.n + 16 * RING_TILES - 1) / (16 * RING_TILES);
+    if (plan.row_tiles < 1 || WARPS % plan.row_tiles || plan.splits > chunks || (plan.splits > 1 && plan.row_tiles > 1))
+        throw std::runtime_error(std::string(name) + ": no such groups of warps");
+    to.k = int(l.k), to.splits = plan.splits, to.part = int((chunks + plan.splits - 1) / plan.splits);
+    to.block_groups = plan.row_tiles;
+    to.blocks = int((tiles + plan.row_tiles - 1) / plan.row_tiles);
+    const int most = device_blocks(name) / plan.splits;
+    if (to.blocks > most) to.blocks = most;
+    to.tokens = int(l.m < 8 * TOKEN_TILES ? l.m : 8 * TOKEN_TILES);
+    to.pieces = Divisor::of(uint32_t(to.part * Weights::CHUNK / 8));
+    // Of the warp with the most and of the one with the fewest chunks.
+    const int64_t group_warps = WARPS / plan.row_tiles, wide = (to.part + group_warps - 1) / group_warps;
+    const int64_t narrow = chunks / plan.splits / group_warps;
+    to.small_buffers = 1 + int(narrow ? (RING_DEPTH + narrow - 1) / narrow : RING_DEPTH);
+    const int64_t small_groups = Weights::small_groups(to, wide);
+    if (small_groups) {
+        const int size = to.scales_dtype == DType::F32 ? 4 : 2;
+        // Every eighth row is in the same banks.
+        to.scale_pitch = Weights::SCALED ? upto(small_groups * size + 4, 32) + 16 : 0;
+        to.zero_pitch = to.zeros ? upto(small_groups + 4, 32) + 4 : 0;
+        to.small_bytes = 32 * (to.scale_pitch + to.zero_pitch);
+        to.small_units = Weights::units_fit(to, chunks, plan.splits, int(group_warps), size);
+    }
+    Grid grid;
+    grid.x = unsigned(to.blocks);
+    grid.y = grid.cluster_y = unsigned(plan.splits);
+    grid.z = unsigned((l.m + to.tokens - 1) / to.tokens);
+    grid.threads = WARPS * 32;
+    grid.shared_bytes = size_t(Ring<Weights, T, TOKEN_TILES>::bytes(to));
+    grid.overlap = true;
+    launch(name, ring_kernel<Weights, T, TOKEN_TILES>, grid, l.stream, to);
+}
+
+template <class Format, class T, RingScales SCALES, bool ZEROS>
+void launch_ring_codes(const char* name, const LinearArgs& l, const RingArgs& to, const Plan& plan) {
+    if (plan.token_tiles == 1) return launch_ring<RingCodes<Format, T, 1, SCALES, ZEROS>, T, 1>(name, l, to, plan);
+    if (plan.token_tiles == 2) return launch_ring<RingCodes<Format, T, 2, SCALES, ZEROS>, T, 2>(name, l, to, plan);
+    no_instance(name, plan);
+}
+template <class Format, class T, RingScales SCALES>
+void launch_ring_codes(const char* name, const LinearArgs& l, const RingArgs& to, const Plan& plan) {
+    if (to.zeros) return launch_ring_codes<Format, T, SCALES, true>(name, l, to, plan);
+    launch_ring_codes<Format, T, SCALES, false>(name, l, to, plan);
+}
+
+template <class Format>
+void launch_ring(const char* name, const CodesArgs& args, int row_bytes, const Plan& plan) {
+    const LinearArgs& l = args.linear;
+    const int groups = groups_of(l.k, args.group_size);
+    check_group_multiple(name, groups, args.group_size, Format::LANE_COLUMNS);
+    if (l.n * groups > INT32_MAX)  // the kernel counts scales in 32 bits
+        throw std::runtime_error(std::string(name) + ": more than 2^31 scales");
+    if (row_bytes % 16 || l.k % 8 || !aligned_to(l.x, 16) || !aligned_to(args.codes, 16))
+        throw std::runtime_error(std::string(name) + ": rows or pointers are not at multiples of 16 bytes");
+    // Words of scales and zeros are read whole.
+    const int64_t entries = l.n * groups;
+    if ((args.scales_dtype != DType::F32 && entries % 2) || (args.zeros && entries % 4) || !aligned_to(args.scales, 4) ||
+        !aligned_to(args.zeros, 4))
+        throw std::runtime_error(std::string(name) + ": scales or zeros are no whole words");
+    RingArgs to{};
+    to.x = l.x, to.codes = static_cast<const uint8_t*>(args.codes), to.row_bytes = row_bytes;
+    to.scales = args.scales, to.scales_dtype = args.scales_dtype, to.zeros = args.zeros;
+    to.groups = groups, to.group_size = Divisor::of(uint32_t(args.group_size));
+    to.out = {l.bias, l.bias_dtype, l.y, l.m, l.n};
+    by_type(name, l.x_dtype, [&](auto type) {
+        using T = decltype(type);
+        if (groups == 1) return launch_ring_codes<Format, T, RingScales::ROWS>(name, l, to, plan);
+        if (args.group_size % (4 * Format::LANE_COLUMNS) == 0)
+            return launch_ring_codes<Format, T, RingScales::SUMS>(name, l, to, plan);
+        launch_ring_codes<Format, T, RingScales::WEIGHTS>(name, l, to, plan);
+    });
+}
+
+}  // namespace llmkern::cuda
