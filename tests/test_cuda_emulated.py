@@ -15,7 +15,7 @@ from emulation import GPU, OLD_GPU, run
 from test_ops import expected, make_bias
 
 from llmkern import testing
-from llmkern.ops import _cuda
+from llmkern.ops import _cuda, _cuda_ring
 
 
 def codes_cases(op: str) -> list[LinearCase]:
@@ -45,7 +45,7 @@ RING_CASES = [
         LinearCase(op, 35, 544),
         LinearCase(op, 24, 544, group_size=64, symmetric=False, scale_dtype=F16),
         LinearCase(op, 20, 2144, group_size=32, symmetric=False),
-        LinearCase(op, 7, 32, scale_dtype=BF16, symmetric=False),
+        LinearCase(op, 8, 32, scale_dtype=BF16, symmetric=False),
         LinearCase(op, 100, 4096, group_size=128, scale_dtype=F16),
     )
 ]
@@ -62,10 +62,10 @@ def test_ring_values(
     for at, m in enumerate((1, 3, 8, 9, 17)):
         x = torch.randn((m, case.k), generator=generator).to(dtype)
         bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
-        fits = [splits for splits in (1, 2, 4) if 128 * splits <= case.k]
-        for splits in fits[: None if at == 3 else 1]:
-            plan = _cuda.Plan(1 + at % 3, 2 if m > 8 else 1, splits)
-            monkeypatch.setattr(_cuda, "codes_plan", lambda *_, plan=plan, **__: plan)
+        fits = [splits for splits in (2, 4) if 128 * splits <= case.k]
+        for groups, splits in ((1, 1), (4, 1), *((1, splits) for splits in fits))[at % 2 :: 2]:
+            plan = _cuda.Plan(groups, 2 if m > 8 else 1, splits)
+            monkeypatch.setattr(_cuda_ring, "plan", lambda *_, plan=plan: plan)
             y = run(emulated, "ring", case, x, bias)
             testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}, {plan}")
 

@@ -19,9 +19,8 @@ void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const Plan&
         throw std::runtime_error(std::string(name) + ": no such groups of warps");
     to.k = int(l.k), to.splits = plan.splits, to.part = int((chunks + plan.splits - 1) / plan.splits);
     to.block_groups = plan.row_tiles;
-    to.blocks = int((tiles + plan.row_tiles - 1) / plan.row_tiles);
-    const int most = device_blocks(name) / plan.splits;
-    if (to.blocks > most) to.blocks = most;
+    const int most = multiprocessors(name) / plan.splits;
+    to.blocks = int(tiles < most ? tiles : most < 1 ? 1 : most);
     to.tokens = int(l.m < 8 * TOKEN_TILES ? l.m : 8 * TOKEN_TILES);
     to.pieces = Divisor::of(uint32_t(to.part * Weights::CHUNK / 8));
     // Of the warp with the most and of the one with the fewest chunks.
@@ -31,11 +30,12 @@ void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const Plan&
     const int64_t small_groups = Weights::small_groups(to, wide);
     if (small_groups) {
         const int size = to.scales_dtype == DType::F32 ? 4 : 2;
-        // Every eighth row is in the same banks.
-        to.scale_pitch = Weights::SCALED ? upto(small_groups * size + 4, 32) + 16 : 0;
-        to.zero_pitch = to.zeros ? upto(small_groups + 4, 32) + 4 : 0;
+        to.small_units = Weights::units_fit(to, chunks, int(group_warps), size);
+        // An odd number of 16 bytes, and of words: eight rows are in different banks.
+        if (Weights::SCALED) to.scale_pitch = upto(small_groups * size + (to.small_units ? 0 : 4), 16);
+        if (to.scale_pitch && to.scale_pitch % 32 == 0) to.scale_pitch += 16;
+        if (to.zeros) to.zero_pitch = (upto(small_groups + 3, 4) / 4 | 1) * 4;
         to.small_bytes = 32 * (to.scale_pitch + to.zero_pitch);
-        to.small_units = Weights::units_fit(to, chunks, plan.splits, int(group_warps), size);
     }
     Grid grid;
     grid.x = unsigned(to.blocks);

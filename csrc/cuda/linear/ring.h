@@ -15,6 +15,7 @@
 // [chunk][piece p of a lane][token][lane c of four, at c ^ p], so that reads touch all banks and writes most.
 #pragma once
 
+#include "cuda/common/barrier.h"
 #include "cuda/common/divisor.h"
 #include "cuda/common/instructions.h"
 #include "cuda/common/values.h"
@@ -86,7 +87,7 @@ struct Ring {
           in_group(warp % group_warps),
           first_token(first_token),
           split(split),
-          first_tile(block * args.block_groups + group),
+          first_tile(group * args.blocks + block),  // all blocks have some before any has more
           tile_step(args.blocks * args.block_groups),
           tiles(int((args.out.n + 16 * RING_TILES - 1) / (16 * RING_TILES))),
           block_chunk(share(all_chunks(args), split, args.splits)),
@@ -136,7 +137,7 @@ struct Ring {
 
     LLMKERN_DEVICE void copy_x() const {
         const int pieces = block_chunks * CHUNK_PIECES;
-        for (int i = thread(); i < pieces * args.tokens; i += THREADS) {
+        for (int i = thread(); i < int(args.pieces.divisor) * args.tokens; i += THREADS) {
             // Neighbours are a token's.
             const int token = args.pieces.divide(i), piece = i - token * int(args.pieces.divisor);
             if (piece >= pieces) continue;
@@ -144,7 +145,7 @@ struct Ring {
             const int of_lane = piece % LANE_PIECES, c = piece / LANE_PIECES % 4;
             copy_async_if(first_token + token < args.out.m && column < args.k,
                           shared_memory() + piece / CHUNK_PIECES * chunk_bytes +
-                              (of_lane * args.tokens + token) * 64 + (c ^ of_lane & 3) * 16,
+                              (of_lane * args.tokens + token) * 64 + (c ^ (of_lane & 3)) * 16,
                           static_cast<const uint16_t*>(args.x) + (first_token + token) * args.k + column);
         }
     }

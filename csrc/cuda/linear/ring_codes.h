@@ -40,6 +40,23 @@ struct RingCodes {
     const int first_chunk, chunks;  // of this warp
     const int lane = thread() % 32, g = lane / 4, c = lane % 4;
 
+    // Groups in so many chunks of a row, at most; 0 if nothing of them comes apart from codes.
+    static int64_t small_groups(const RingArgs& args, int64_t chunks) {
+        if (OF_LANES || (!SCALED && !ZEROS)) return 0;
+        const int64_t group_size = args.group_size.divisor;
+        return SCALED ? ((chunks - 1) * CHUNK + group_size - 1) / group_size + 1 : 1;
+    }
+    // Whether every warp's scales of a row start at a multiple of 16 bytes.
+    static bool units_fit(const RingArgs& args, int64_t chunks, int group_warps, int size) {
+        if (!SCALED || args.groups * size % 16 || reinterpret_cast<uintptr_t>(args.scales) % 16) return false;
+        for (int split = 0; split < args.splits; split++) {
+            const int64_t first = chunks * split / args.splits, mine = chunks * (split + 1) / args.splits - first;
+            for (int warp = 0; warp < group_warps; warp++)
+                if ((first + mine * warp / group_warps) * CHUNK / args.group_size.divisor * size % 16) return false;
+        }
+        return true;
+    }
+
     // The last row stands for those beyond it, and nobody stores them.
     LLMKERN_DEVICE int row(int tile, int in_tile) const {
         return smaller(tile * 16 * RING_TILES + in_tile, int(args.out.n) - 1);
@@ -138,14 +155,14 @@ struct RingCodes {
     LLMKERN_DEVICE float scale_of(const uint8_t* slot, const Rows& rows, int r, int h, int group, int from) const {
         if (OF_LANES) {
             const uint32_t word = entry_of(slot + SCALE_AT, r, h);
-            return bits_to_float(wide() ? word : word >> 16 * (rows.entry[r][h] + group & 1), args.scales_dtype);
+            return bits_to_float(wide() ? word : word >> 16 * ((rows.entry[r][h] + group) & 1), args.scales_dtype);
         }
         const uint8_t* const at = rows.scale[r][h] + from * scale_size();
         return bits_to_float(wide() ? *reinterpret_cast<const uint32_t*>(at) : *reinterpret_cast<const uint16_t*>(at),
                              args.scales_dtype);
     }
     LLMKERN_DEVICE float zero_of(const uint8_t* slot, const Rows& rows, int r, int h, int group, int from) const {
-        if (OF_LANES) return int8_t(entry_of(slot + ZERO_AT, r, h) >> 8 * (rows.entry[r][h] + group & 3));
+        if (OF_LANES) return int8_t(entry_of(slot + ZERO_AT, r, h) >> 8 * ((rows.entry[r][h] + group) & 3));
         return *reinterpret_cast<const int8_t*>(rows.zero[r][h] + from);
     }
 
@@ -154,7 +171,7 @@ struct RingCodes {
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
             const int token = smaller(8 * t + g, args.tokens - 1);
-            const Words4 piece = *reinterpret_cast<const Words4*>(x + (PIECE * args.tokens + token) * 64 + (c ^ PIECE & 3) * 16);
+            const Words4 piece = *reinterpret_cast<const Words4*>(x + (PIECE * args.tokens + token) * 64 + (c ^ (PIECE & 3)) * 16);
 #pragma unroll
             for (int i = 0; i < PIECE_WORDS; i++) {
 #pragma unroll
@@ -173,7 +190,7 @@ struct RingCodes {
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; t++) {
                 const int token = smaller(8 * t + g, args.tokens - 1);
-                const Words4 piece = *reinterpret_cast<const Words4*>(x + (p * args.tokens + token) * 64 + (c ^ p & 3) * 16);
+                const Words4 piece = *reinterpret_cast<const Words4*>(x + (p * args.tokens + token) * 64 + (c ^ (p & 3)) * 16);
                 mma<T>(sums[t], ones, piece.w[0], piece.w[1]);
                 mma<T>(sums[t], ones, piece.w[2], piece.w[3]);
             }

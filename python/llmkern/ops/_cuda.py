@@ -17,18 +17,12 @@ from llmkern._registry import Op
 from llmkern.ops._linear import DTYPE_CODES
 
 HALVES = (torch.bfloat16, torch.float16)
-ORDER = ("wgmma", "mma", "ring", "stream", "mma_int8", "stream_int8", "block")  # of the rows; which of them runs, `best` says
+# Of the rows; which of them runs, `best` says.
+ORDER = ("wgmma", "mma", "ring", "stream", "mma_int8", "stream_int8", "block")
 OLDEST = dict.fromkeys(ORDER, (8, 0)) | {"wgmma": (9, 0), "ring": (9, 0)}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 RING_MAJORS = (9, 10)  # with shared memory of 227 KB for a block, and clusters
-RING_BYTES = 227 * 1024
-# csrc/cuda/linear/ring.h, for up to 8 and up to 16 rows of x: slots of a block. Bytes of sums, and of a slot with scales
-# and zeros of lanes.
-RING_SLOTS, RING_SUMS, SLOT_BYTES = {1: 48, 2: 24}, 32768, 3072
-# Multiprocessors that clusters of so many blocks can fill: a cluster is within a GPC, whose number of them is no
-# multiple of 4.
-CLUSTERED = {1: 1.0, 2: 1.0, 4: 128 / 132, 8: 112 / 132}
-WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
+WGMMA_TOKEN_TILES = (4, 6, 8, 10, 12, 16, 19)  # with 16 row tiles, csrc/cuda/linear/launch_wgmma.h
 
 
 class Gpu(NamedTuple):
@@ -73,7 +67,7 @@ def _refused(kernel: str, gpu: Gpu) -> str:
     if kernel == "wgmma" and gpu.capability[0] != 9:
         return f"needs compute capability 9.0, got {_name(gpu)}"
     if kernel == "ring" and gpu.capability[0] not in RING_MAJORS:
-        return f"needs {RING_BYTES >> 10} KB of shared memory in a block and clusters, which capability {_name(gpu)} lacks"
+        return f"needs 227 KB of shared memory in a block and clusters, which capability {_name(gpu)} lacks"
     if gpu.capability < (major, minor):
         return f"needs compute capability {major}.{minor} or newer, got {_name(gpu)}"
     return ""
@@ -94,31 +88,6 @@ def stream_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     return Plan(row_tiles, token_tiles, cluster(gpu, blocks, wanted, k // (STREAM_WARPS * 4 * lane_columns)))
 
 
-def ring_parts(m: int, k: int, chunk: int, slot_bytes: int = SLOT_BYTES) -> dict[int, int]:
-    """Into how many blocks `cuda.ring` can divide K so that each holds its part of x -> chunks of the largest part."""
-    token_tiles = 2 if m > 8 else 1
-    chunks = -(-k // chunk)
-    room = RING_BYTES - RING_SLOTS[token_tiles] * slot_bytes - RING_SUMS
-    chunk_bytes = 2 * chunk * min(m, 8 * token_tiles) + 32 * token_tiles  # of x and its total
-    parts = {splits: -(-chunks // splits) for splits in CLUSTERED if splits <= chunks}
-    return {splits: part for splits, part in parts.items() if part * chunk_bytes <= room}
-
-
-@lru_cache(4096)
-def ring_plan(gpu: Gpu, m: int, n: int, k: int, chunk: int) -> Plan:
-    """Sizes of `cuda.ring`: tiles of 16 rows of w that a cluster takes in turn, and its blocks, which divide K.
-    chunk: columns of K that a warp takes at a time.
-
-    As few rounds of as few chunks as possible; where that is the same, small clusters.
-    """
-    tiles, plans = -(-n // 16), {}
-    for splits, part in ring_parts(m, k, chunk).items():
-        clusters = min(tiles, max(1, int(gpu.multiprocessors * CLUSTERED[splits]) // splits))
-        rounds = -(-tiles // clusters)
-        plans[rounds * part, splits] = Plan(rounds, 2 if m > 8 else 1, splits)
-    return plans[min(plans)]
-
-
 def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     """Sizes of `cuda.mma`: 64 rows of w by 32 of x, or 128 by 64 (csrc/cuda/linear/launch_mma.h).
 
@@ -135,14 +104,33 @@ def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     return Plan(row_tiles, token_tiles, _idle(gpu, blocks if row_tiles == 8 else blocks // 2, k // (4 * columns)))
 
 
-def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
-    """Sizes of `cuda.wgmma`: 128 rows of w by some of x, or 256 by 128 where that takes no more rounds of blocks."""
-    token_blocks = -(-m // 128)
-    token_tiles = next(tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles * token_blocks)
-    small, large = _blocks(n, 8) * token_blocks, _blocks(n, 16) * token_blocks
-    if token_tiles == 16 and 2 * -(-large // gpu.multiprocessors) <= -(-small // gpu.multiprocessors):
-        return Plan(16, token_tiles, 1)
-    return Plan(8, token_tiles, _idle(gpu, small, k // 512))
+def wgmma_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
+    """Sizes of `cuda.wgmma`: those that need the fewest clocks, see `_wgmma_clocks`.
+
+    Blocks of 256 rows of w, or of 128 where there are not enough of the others; the smallest for the rows of x where
+    one block takes them all, so that a row more costs a little more.
+    """
+    few = next((tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles), 0)
+    sizes = [(16, few)] if few else [(16, tiles) for tiles in WGMMA_TOKEN_TILES if tiles >= 8]
+    sizes += [(8, tiles) for tiles in (8, 16) if tiles >= few]
+    plans = [Plan(*size, splits) for size in sizes for splits in (1, 2, 4, 8) if splits == 1 or 256 * splits <= k]
+    return min(plans, key=lambda plan: _wgmma_clocks(gpu, plan, m, n, k, 1024 // lane_columns))
+
+
+def _wgmma_clocks(gpu: Gpu, plan: Plan, m: int, n: int, k: int, row_bytes: int) -> float:
+    """About how long `cuda.wgmma` takes. row_bytes: of 64 columns of a row of w.
+
+    A stage of 64 columns waits for the tensor cores (2048 products in a clock), the instructions that decode it, or
+    L2, which gives every multiprocessor 24 bytes in a clock, and a few of them up to 40. Blocks that divide K pass all
+    sums through shared memory, to and fro.
+    """
+    rows, tokens = 16 * plan.row_tiles, 8 * plan.token_tiles
+    tiles = -(-n // rows) * -(-m // tokens)
+    busy = min(tiles * plan.splits, gpu.multiprocessors)
+    received = min(40.0, 24.0 * gpu.multiprocessors / busy)
+    stage = max(rows * tokens / 32, 2 * rows + tokens, (128 * tokens + row_bytes * rows) / received)
+    end = 500 + rows * tokens * (1 / 4 if plan.splits > 1 else 1 / 16)
+    return -(-tiles * plan.splits // gpu.multiprocessors) * (-(-k // (64 * plan.splits)) * stage + end)
 
 
 def _blocks(n: int, row_tiles: int) -> int:
@@ -168,9 +156,7 @@ def codes_plan(kernel: str, gpu: Gpu, m: int, n: int, k: int, lane_columns: int)
     m = max(m, 1)
     if kernel == "stream":
         return stream_plan(gpu, m, n, k, lane_columns)
-    if kernel == "ring":
-        return ring_plan(gpu, m, n, k, 4 * lane_columns)
-    return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k)
+    return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k, lane_columns)
 
 
 def _name(gpu: Gpu) -> str:
@@ -180,12 +166,12 @@ def _name(gpu: Gpu) -> str:
 def best(gpu: Gpu, m: int, n: int, k: int) -> str:
     """Which kernel suits a product with M rows of x kept as they are and int4 or int8 weights.
 
-    Up to 16 rows every weight is used in one product as soon as it arrives. Up to 32, products of a warp keep up with
-    memory; from there on those of a warpgroup are needed, which take 64 rows of x in the time of reading int4 weights.
+    Up to 16 rows every weight is used in one product as soon as it arrives. From there on products of a warpgroup are
+    needed to keep up with memory, where there are any: they take 64 rows of x in the time of reading int4 weights.
     """
     if m <= 16:
         return "ring" if gpu.capability[0] in RING_MAJORS else "stream"
-    return "wgmma" if gpu.capability[0] == 9 and m > 32 else "mma"
+    return "wgmma" if gpu.capability[0] == 9 else "mma"
 
 
 def best_integer(gpu: Gpu, m: int) -> str:
@@ -252,21 +238,6 @@ def inside_aligned(x: Tensor, weight: Tensor, k: int, row_bytes: int) -> bool:
     """Whether rows of x [..., K] and of the weight start at multiples of 16 bytes, which `quantizes_inside` needs."""
     whole = k % 8 == 0 and row_bytes % 16 == 0
     return whole and x.is_contiguous() and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-
-
-def rejects_ring(x: Tensor, weight: Tensor, row_bytes: int, chunk: int, *small: Tensor | None) -> str | None:
-    """Why `cuda.ring` cannot run: it copies 16 bytes at a time, words of small tensors, and keeps its part of x."""
-    k = x.shape[-1]
-    if k % 8 or row_bytes % 16:
-        return f"needs rows of x and w that are multiples of 16 bytes, got {2 * k} and {row_bytes}"
-    if x.data_ptr() % 16 or weight.data_ptr() % 16:
-        return "needs x and w at multiples of 16 bytes"
-    for tensor in small:
-        if tensor is not None and (tensor.nbytes % 4 or tensor.data_ptr() % 4):
-            return f"needs scales and zeros of whole words, got {tensor.nbytes} bytes"
-    if not ring_parts(max(x.numel() // k, 1), k, chunk):
-        return f"has no room for x of K={k}"
-    return None
 
 
 def rejects_groups(group_size: int, k: int, multiple: int) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _cuda, _triton
+from llmkern.ops import _cuda, _cuda_ring, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, groups, linear_op, native_call, pointer
 from llmkern.ops.int4_linear.reference import dequantize, reference
 
@@ -56,7 +56,12 @@ def cuda(
     n, k = words.shape[0], x.shape[-1]
     if kernel.endswith("_int8"):
         return _cuda_int8(kernel, function, gpu, x, words, scales, zeros, bias, group_size)
-    plan = _cuda.codes_plan(kernel, gpu, x.numel() // max(k, 1), n, k, lane_columns=32)
+    m = x.numel() // max(k, 1)
+    if kernel == "ring":
+        plan = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.codes_of(scales, zeros, group_size, 32))
+        assert plan is not None, "cuda_rejects was not asked"
+    else:
+        plan = _cuda.codes_plan(kernel, gpu, m, n, k, lane_columns=32)
     return _cuda.cuda_call(
         function, plan, x, n, bias, words.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
         group_size,
@@ -100,7 +105,8 @@ def cuda_rejects(
     if reason := _cuda.rejects_groups(group_size, x.shape[-1], 32):
         return reason
     if kernel == "ring":
-        return _cuda.rejects_ring(x, words, 4 * words.shape[1], 128, scales, zeros)
+        described = _cuda_ring.codes_of(scales, zeros, group_size, 32)
+        return _cuda_ring.rejects(x, words, 4 * words.shape[1], described, (scales, zeros))
     return None
 
 

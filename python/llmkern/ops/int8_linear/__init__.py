@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _cuda, _triton
+from llmkern.ops import _cuda, _cuda_ring, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.int8_linear.reference import dequantize, reference
 
@@ -45,7 +45,12 @@ def cuda(
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/int8_linear."""
     n, k = codes.shape
-    plan = _cuda.codes_plan(kernel, gpu, x.numel() // max(k, 1), n, k, lane_columns=16)
+    m = x.numel() // max(k, 1)
+    if kernel == "ring":
+        plan = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.codes_of(scales, zeros, group_size, 16))
+        assert plan is not None, "cuda_rejects was not asked"
+    else:
+        plan = _cuda.codes_plan(kernel, gpu, m, n, k, lane_columns=16)
     return _cuda.cuda_call(
         function, plan, x, n, bias, codes.data_ptr(), scales.data_ptr(), DTYPE_CODES[scales.dtype], pointer(zeros),
         group_size,
@@ -59,7 +64,8 @@ def cuda_rejects(
     if reason := _cuda.rejects_groups(group_size, x.shape[-1], 16):
         return reason
     if kernel == "ring":
-        return _cuda.rejects_ring(x, codes, codes.shape[1], 64, scales, zeros)
+        described = _cuda_ring.codes_of(scales, zeros, group_size, 16)
+        return _cuda_ring.rejects(x, codes, codes.shape[1], described, (scales, zeros))
     return None
 
 

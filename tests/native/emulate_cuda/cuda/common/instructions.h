@@ -253,6 +253,8 @@ inline float round_even(float value) { return std::nearbyint(value); }
 inline float minimum(float a, float b) { return std::fmin(a, b); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float settle(float value) { return value; }
+inline uint32_t settle(uint32_t value) { return value; }
+inline const uint8_t* settle(const uint8_t* pointer) { return pointer; }
 inline float absolute(float value) { return std::fabs(value); }
 
 // What all lanes bring to a product, and where each wants its part of the sum.
