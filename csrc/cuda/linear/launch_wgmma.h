@@ -21,11 +21,14 @@ void launch_wgmma_tile(const char* name, const LinearArgs& l, const TileArgs& ti
     grid.y = grid.cluster_y = unsigned(tile.splits);
     grid.threads = Ring::THREADS;
     grid.shared_bytes = Ring::BYTES;
+    grid.overlap = true;
     launch(name, wgmma_kernel<Format, T, ROW_TILES, TOKENS>, grid, l.stream, args);
 }
 
 template <class Format>
 void launch_wgmma(const char* name, const CodesArgs& args, int row_bytes, const Plan& plan) {
+    if (plan.splits != 1 && plan.splits != 2 && plan.splits != 4 && plan.splits != 8)
+        throw std::runtime_error(std::string(name) + ": K is divided by 2, 4 or 8");
     const TileArgs tile = tile_args<Format>(name, args, row_bytes, plan);
     by_type(name, args.linear.x_dtype, [&](auto type) {
 #define LLMKERN_WGMMA_TILE(rows, tokens)                              \

@@ -1,5 +1,5 @@
-// The warps of wgmma_kernel that fill stages: two copy x and codes in the background, two bring scales, which become
-// pairs of T on the way and so pass through registers.
+// The warps of wgmma_kernel that fill stages: two copy x and codes in the background and wait for nothing but room, two
+// bring scales, which become pairs of T on the way and so pass through registers.
 //
 // Rows of x or w that do not exist are left as they are, whatever stands there: they meet in no sum that is stored.
 // Beyond K there are zeros. fp16 would lose a small scale's bits: see tile_feed.h.
@@ -14,9 +14,6 @@ template <class Ring>
 struct WgmmaCopy {
     static constexpr int THREADS = 64;
     static constexpr int X_STEP = THREADS / 8, CODE_STEP = THREADS / Ring::UNITS;  // rows at a time
-    // Stages under way while one is waited for. A stage is handed over when this many more have been asked for, so it
-    // must be fewer than the ring has beside those in use.
-    static constexpr int AHEAD = Ring::STAGES - (Ring::STAGES > 5 ? 3 : 2);
     static_assert(X_STEP % 8 == 0 && CODE_STEP % 8 == 0, "all rows of a thread have the same swizzle");
 
     const TileArgs& args;
@@ -75,31 +72,30 @@ struct WgmmaCopy {
     }
 
     LLMKERN_DEVICE void run(const WgmmaArgs& all, int split) {
-        typename Ring::Cursor next, oldest;  // to be filled, to be handed over
-        int under_way = 0;
-        const auto hand_over = [&] {
-            fence_async();
-            Ring::arrive(Ring::full(oldest.at));
-            oldest.next();
-        };
+        typename Ring::Cursor next;
         for (int tile = block_x(); tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
             const auto part = WgmmaPart::of<Ring::ROWS, Ring::TOKENS>(all, tile, split);
             begin(part);
             for (int stage = part.first; stage < part.last; stage++) {
                 next.wait_empty();
                 fill(next.at, stage);
-                copy_async_commit();
+                if (args.x_aligned && args.codes_aligned)
+                    copy_async_arrive(Ring::full(next.at));
+                else
+                    arrive_now(next.at);
                 next.next();
-                if (under_way < AHEAD) {
-                    under_way++;
-                } else {
-                    copy_async_wait<AHEAD>();
-                    hand_over();
-                }
             }
         }
+        copy_async_commit();
         copy_async_wait<0>();
-        for (; under_way; under_way--) hand_over();
+    }
+
+    // Where some of a stage is copied by way of registers.
+    static LLMKERN_DEVICE void arrive_now(int at) {
+        copy_async_commit();
+        copy_async_wait<0>();
+        fence_async();
+        barrier_arrive(Ring::full(at));
     }
 };
 

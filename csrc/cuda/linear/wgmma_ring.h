@@ -67,15 +67,15 @@ struct WgmmaRing {
         LLMKERN_DEVICE void wait_full() const { barrier_wait(full(at), round); }
         LLMKERN_DEVICE void wait_empty() const { barrier_wait(empty(at), round ^ 1); }
     };
-    static LLMKERN_DEVICE void arrive(Barrier* barrier) {
+    static LLMKERN_DEVICE void arrive(Barrier* barrier) {  // a warp
         sync_warp();
         if (thread() % 32 == 0) barrier_arrive(barrier);
     }
 
-    static LLMKERN_DEVICE void init(int filling_warps) {
+    static LLMKERN_DEVICE void init(int filled_by) {
         if (thread() == 0)
             for (int i = 0; i < STAGES; i++) {
-                barrier_init(full(i), filling_warps);
+                barrier_init(full(i), filled_by);
                 barrier_init(empty(i), USERS / 32);
             }
         sync_block();

@@ -38,36 +38,60 @@ struct WgmmaStore {
                     for (int i = 0; i < 4; i++)
                         sums[((t - first) * 8 + 2 * c + i % 2) * PITCH + row_of(r) + g + i / 2 * 8] = acc[r][t][i];
             DIVIDED ? sync_cluster() : sync_users();
-            const Floats4 factor = reinterpret_cast<const Floats4*>(Ring::factors())[quad];
-            const Floats4 bias = reinterpret_cast<const Floats4*>(Ring::biases())[quad];
-            const int here = smaller(part.tokens - first * 8, PIECE * 8), step = DIVIDED ? args.splits * STEP : STEP;
-            int token = thread() / QUADS + split * STEP;
-            const float* from = sums + token * PITCH + 4 * quad;
-            uint16_t* to = static_cast<uint16_t*>(args.out.y) + int64_t(part.first_token + first * 8 + token) * n + row;
-            for (; token < here; token += step, from += step * PITCH, to += int64_t(step) * n) {
-                Floats4 sum = sum_of(reinterpret_cast<const Floats4*>(from), args.splits);
-#pragma unroll
-                for (int i = 0; i < 4; i++) sum.f[i] = sum.f[i] * factor.f[i] + bias.f[i];
-                put(to, sum, smaller(n - row, 4), n % 4 == 0);
-            }
+            const float* const from = sums + 4 * quad;
+            const int here = smaller(part.tokens - first * 8, PIECE * 8);
+            uint16_t* const to = static_cast<uint16_t*>(args.out.y) + int64_t(part.first_token + first * 8) * n + row;
+            if constexpr (!DIVIDED)
+                put<1>(to, from, here, n, n - row, 0);
+            else if (args.splits == 2)
+                put<2>(to, from, here, n, n - row, split);
+            else if (args.splits == 4)
+                put<4>(to, from, here, n, n - row, split);
+            else
+                put<8>(to, from, here, n, n - row, split);
             if (DIVIDED) sync_cluster();  // nobody goes on while another reads its memory
         }
     }
 
-    static LLMKERN_DEVICE Floats4 sum_of(const Floats4* mine, int splits) {
-        if (!DIVIDED) return *mine;
-        Floats4 sum{};
-#pragma unroll 4
-        for (int rank = 0; rank < splits; rank++) {
-            const Floats4 more = load_cluster(mine, rank);
+    // This thread's rows and its share of `here` rows of x. Several are read before the first is used: other blocks'
+    // memory is far.
+    template <int SPLITS>
+    static LLMKERN_DEVICE void put(uint16_t* to, const float* from, int here, int n, int rows, int split) {
+        constexpr int STRIDE = SPLITS * STEP, ALL = PIECE * 8 / STRIDE, MOST = SPLITS == 1 ? 4 : 8 / SPLITS;
+        constexpr int BATCH = ALL < MOST ? ALL : MOST;
+        static_assert(BATCH > 0 && ALL % BATCH == 0, "");
+        const int quad = thread() % QUADS, token = thread() / QUADS + split * STEP;
+        const Floats4 factor = reinterpret_cast<const Floats4*>(Ring::factors())[quad];
+        const Floats4 bias = reinterpret_cast<const Floats4*>(Ring::biases())[quad];
+        from += token * PITCH, to += int64_t(token) * n;
+#pragma unroll 1
+        for (int first = token; first < here; first += BATCH * STRIDE) {
+            Floats4 parts[BATCH][SPLITS];
 #pragma unroll
-            for (int i = 0; i < 4; i++) sum.f[i] += more.f[i];
+            for (int b = 0; b < BATCH; b++)
+#pragma unroll
+                for (int rank = 0; rank < SPLITS; rank++) {
+                    const Floats4* const at = reinterpret_cast<const Floats4*>(from + b * STRIDE * PITCH);
+                    parts[b][rank] = SPLITS == 1 ? *at : load_cluster(at, rank);
+                }
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                Floats4 sum = parts[b][0];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+#pragma unroll
+                    for (int rank = 1; rank < SPLITS; rank++) sum.f[i] += parts[b][rank].f[i];
+                    sum.f[i] = sum.f[i] * factor.f[i] + bias.f[i];
+                }
+                if (first + b * STRIDE < here) put_quad(to, sum, smaller(rows, 4), n % 4 == 0);
+                to += int64_t(STRIDE) * n;
+            }
+            from += BATCH * STRIDE * PITCH;
         }
-        return sum;
     }
 
     // `count` of four; whole: there are four, or none, at a multiple of 8 bytes.
-    static LLMKERN_DEVICE void put(uint16_t* to, const Floats4& sum, int count, bool whole) {
+    static LLMKERN_DEVICE void put_quad(uint16_t* to, const Floats4& sum, int count, bool whole) {
         const Words2 pairs = {{pack2<T>(sum.f[0], sum.f[1]), pack2<T>(sum.f[2], sum.f[3])}};
         if (whole) {
             if (count > 0) *reinterpret_cast<Words2*>(to) = pairs;

@@ -3,7 +3,20 @@
 // tensor cores do one step (16 columns of K), the next one is decoded.
 //
 // Lane c of four needs the columns 2c, 2c + 1 of each unit of 8, so all four read the same codes, and each takes its
-// own byte (int4) or two (int8).
+// own byte (int4) or two (int8). What bounds a stage of 64 columns with 256 rows of w (int4), in clocks of a
+// multiprocessor, whose shared memory moves 128 bytes in one and whose four schedulers issue an instruction each:
+//
+//   rows of x                         128    64    32
+//   tensor cores, 2048 products      1024   512   256
+//   the two warps that decode         520   520   520   of a scheduler: 260 instructions each, 225 with scales per row
+//   a warp that fills                 150   110    90   beside them
+//   shared memory: x to wgmma         512   256   128   each warpgroup reads all of it
+//                  codes and scales   160   160   160   read by four lanes at once
+//                  what comes         208   144   112   24, 16 and 12 KiB, and scales
+//   24 bytes in a clock from L2      1024   683   512   what all multiprocessors get at once
+//
+// So 128 rows of x and more wait for the tensor cores; up to 64 the instructions and memory are about even. With 64
+// rows of x ten stages fit, 160 KiB, all of which are asked for as soon as there is room.
 #pragma once
 
 #include "cuda/linear/wgmma_fill.h"
@@ -84,11 +97,16 @@ struct WgmmaTile {
                 }
     }
 
+    static LLMKERN_DEVICE void wait_full(const typename Ring::Cursor& stage) {
+        stage.wait_full();
+        fence_async();
+    }
+
     template <Scaling SCALING>
     LLMKERN_DEVICE void multiply(const WgmmaPart& part, typename Ring::Cursor& next) {
         Left left[2];  // of the step under way, of the next one
         int at = next.at;
-        next.wait_full();
+        wait_full(next);
         if (SCALING == Scaling::ROW) fetch_scales(at, 0);
         fetch<SCALING>(at, 0);
         decode<SCALING>(left[0]);
@@ -103,7 +121,7 @@ struct WgmmaTile {
                 if (step + 1 < STEPS) {
                     fetch<SCALING>(at, step + 1);
                 } else if (more) {
-                    next.wait_full();
+                    wait_full(next);
                     fetch<SCALING>(next.at, 0);
                 }
                 const uint64_t right = describe(x, step * 32);
@@ -159,16 +177,19 @@ __global__ void __launch_bounds__(384, 1) wgmma_kernel(WgmmaArgs args) {
     using Tile = WgmmaTile<Format, T, ROW_TILES, TOKENS>;
     using Ring = typename Tile::Ring;
     static_assert(Ring::THREADS == 384, "");
-    Ring::init(Ring::FILLERS / 32);
+    using Copy = WgmmaCopy<Ring>;
+    using Scales = WgmmaScales<Ring, Format, T>;
+    Ring::init(Copy::THREADS + Scales::THREADS / 32);
+    dependency_wait();
     if (thread() < Ring::USERS) {
         more_registers<224>();
         Tile(args).run(block_y());
     } else {
         fewer_registers<56>();
         if (thread() / 64 % 2 == 0)
-            WgmmaCopy<Ring>(args.tile).run(args, block_y());
+            Copy(args.tile).run(args, block_y());
         else
-            WgmmaScales<Ring, Format, T>(args.tile).run(args, block_y());
+            Scales(args.tile).run(args, block_y());
     }
 #endif
 }

@@ -23,10 +23,23 @@ inline void barrier_init(Barrier* barrier, int arrivals) {
     check_barrier(barrier);
 }
 
-inline void barrier_arrive(Barrier* barrier) {
+inline void count_arrival(Barrier* barrier) {
     check_barrier(barrier);
     if (--barrier->missing == 0) *barrier = {barrier->arrivals, barrier->arrivals, barrier->phase + 1};
+}
+
+inline void barrier_arrive(Barrier* barrier) {
+    count_arrival(barrier);
     emulated::others_first();
+}
+
+inline void copy_async_arrive(Barrier* barrier) {
+    auto& fiber = *machine.current;
+    if (!fiber.groups.empty())
+        throw std::runtime_error("copy_async_arrive: beside copies in groups it is not emulated");
+    check_barrier(barrier);
+    fiber.landings.push_back({std::move(fiber.open), [barrier] { count_arrival(barrier); }});
+    fiber.open.clear();
 }
 
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {

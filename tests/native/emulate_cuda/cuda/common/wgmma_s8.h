@@ -26,7 +26,7 @@ void run_wgmma_s8(const emulated::AsyncProduct* const* threads) {
 
 template <int TOKENS>
 void wgmma_s8(int (&d)[TOKENS / 8][4], uint64_t a, uint64_t b) {
-    issue({d, nullptr, a, b, run_wgmma_s8<TOKENS>});
+    issue({d, nullptr, a, b, run_wgmma_s8<TOKENS>}, TOKENS);
 }
 
 }  // namespace llmkern::cuda
