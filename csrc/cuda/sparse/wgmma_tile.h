@@ -30,7 +30,20 @@ struct SparseWarpgroupTile : SparseTile<Format, T, 1, TOKEN_TILES, 8, 1, SCALED,
     LLMKERN_DEVICE void decode(const typename Rows::Stage& stage, Factors& factors) const {
         Rows::positions(stage, 0, factors.positions);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) rows.factors(stage, 0, part, factors.a[part]);
+        for (int part = 0; part < PARTS; part++) {
+            rows.factors(stage, 0, part, factors.a[part]);
+            if constexpr (std::is_same_v<Format, Kept16>) own_registers(factors.a[part]);
+        }
+    }
+
+    // Values as they were loaded would be multiplied from the registers of the load, and the next load writes those
+    // while products are under way: the compiler sees copies as one register, and asynchronous reads not at all. A
+    // product by one is a register of its own.
+    static LLMKERN_DEVICE void own_registers(uint32_t (&a)[2][4]) {
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[s][i] = fma2<T>(a[s][i], Magic<T>::ONE, MINUS_ZERO);
     }
 
     LLMKERN_DEVICE void multiply(const Factors& factors, int x_stage) {
