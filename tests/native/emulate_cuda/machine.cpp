@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <utility>
 
 namespace llmkern::cuda::emulated {
 
@@ -15,6 +16,14 @@ constexpr size_t STACK_BYTES = 64 * 1024;
 ucontext_t scheduler;
 std::exception_ptr failure;
 const std::function<void()>* kernel_body = nullptr;
+
+// A cluster waits for the threads that have not ended.
+void leave(Group& cluster) {
+    if (--cluster.size == cluster.arrived && cluster.size) {
+        cluster.arrived = 0;
+        cluster.generation++;
+    }
+}
 
 void enter() {
     Fiber* const me = machine.current;
@@ -30,6 +39,7 @@ void enter() {
         failure = std::current_exception();
     }
     me->done = true;
+    leave(*machine.cluster_group);
     // A block that has ended has no memory any more, whatever its cluster still reads there.
     if (--me->block->running == 0) std::fill(me->block->memory.begin(), me->block->memory.end(), uint8_t(0xff));
     machine.steps++;
@@ -84,6 +94,11 @@ void wait_until(const std::function<bool()>& ready) {
     Fiber* const me = machine.current;
     while (!ready()) swapcontext(&me->context, &scheduler);
     machine.steps++;
+}
+
+void others_first() {
+    bool back = false;
+    wait_until([&] { return std::exchange(back, true); });
 }
 
 void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work) {

@@ -49,6 +49,7 @@ struct Block {
     uint8_t* shared;  // aligned, in memory
     std::vector<Group> warps, warpgroups;
     Group all;
+    std::unique_ptr<Group> named[16];  // sync_threads, by number
     int running;
     Block(Index index, int threads, size_t shared_bytes);
 };
@@ -80,6 +81,9 @@ extern Machine machine;
 
 // Back to the others, until `ready`.
 void wait_until(const std::function<bool()>& ready);
+
+// Back to the others once.
+void others_first();
 
 // Every thread of the group brings a record; the last one runs `work` on all of them. Raises when they do not come for
 // the same operation.

@@ -1,0 +1,58 @@
+// sm_90: what lets the warps of a block do different things: barriers in shared memory, which some threads arrive at
+// and others wait for (PTX ISA, "mbarrier"), barriers of a part of the block, and registers that move from one
+// warpgroup to another. The order of a use:
+//
+//   barrier_init(b, arrivals) by one thread; sync_block()
+//   barrier_arrive(b)        whatever the thread has written is there for those whose wait ends by it
+//   barrier_wait(b, parity)  until phase `parity` is over: a phase is `arrivals` arrivals, the first one's parity is 0.
+//                            With parity 1 the wait on a fresh barrier is over at once, as if a phase had gone before.
+//
+// What wgmma shall read and ordinary instructions (cp.async among them) have written needs fence_async() by the thread
+// that wrote it, before it arrives.
+#pragma once
+
+#include "cuda/common/instructions.h"
+
+namespace llmkern::cuda {
+
+struct alignas(8) Barrier {
+    uint64_t state;
+};
+
+LLMKERN_DEVICE void barrier_init(Barrier* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+LLMKERN_DEVICE void barrier_arrive(Barrier* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+
+LLMKERN_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred over;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+        "@!over bra.uni again;\n}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// As sync_block, for THREADS threads that name the same ID (1 to 15; 0 is sync_block's), whole warps.
+template <int ID, int THREADS>
+LLMKERN_DEVICE void sync_threads() {
+    static_assert(0 < ID && ID < 16 && THREADS % 32 == 0, "");
+    asm volatile("bar.sync %0, %1;\n" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
+// From here on the threads of this warpgroup have COUNT registers each, fewer or more than the kernel started with: all
+// of a block's together no more than at its start. Needs __launch_bounds__(threads, 1), and sm_90a.
+template <int COUNT>
+LLMKERN_DEVICE void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(COUNT));
+}
+template <int COUNT>
+LLMKERN_DEVICE void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(COUNT));
+}
+
+}  // namespace llmkern::cuda

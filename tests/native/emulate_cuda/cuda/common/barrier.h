@@ -1,0 +1,56 @@
+// In the place of csrc/cuda/common/barrier.h. Whoever arrives lets all others go on first: what those who waited do to
+// memory that is still in use shows.
+#pragma once
+
+#include "cuda/common/instructions.h"
+
+namespace llmkern::cuda {
+
+struct alignas(8) Barrier {
+    uint16_t arrivals, missing;
+    uint32_t phase;
+};
+
+// What has not been written is all ones.
+inline void check_barrier(const Barrier* barrier) {
+    if (reinterpret_cast<uintptr_t>(barrier) % sizeof(Barrier)) throw std::runtime_error("a misaligned barrier");
+    if (barrier->arrivals == 0xffff) throw std::runtime_error("a barrier that nobody has initialised");
+}
+
+inline void barrier_init(Barrier* barrier, int arrivals) {
+    if (arrivals < 1 || arrivals > 1024) throw std::runtime_error("a barrier of no or too many arrivals");
+    *barrier = {uint16_t(arrivals), uint16_t(arrivals), 0};
+    check_barrier(barrier);
+}
+
+inline void barrier_arrive(Barrier* barrier) {
+    check_barrier(barrier);
+    if (--barrier->missing == 0) *barrier = {barrier->arrivals, barrier->arrivals, barrier->phase + 1};
+    emulated::others_first();
+}
+
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+    check_barrier(barrier);
+    if (parity > 1) throw std::runtime_error("barrier_wait: a parity is 0 or 1");
+    emulated::wait_until([=] { return (barrier->phase & 1) != parity; });
+}
+
+template <int ID, int THREADS>
+void sync_threads() {
+    static_assert(0 < ID && ID < 16 && THREADS % 32 == 0, "");
+    auto& named = machine.current->block->named[ID];
+    if (!named) named = std::make_unique<emulated::Group>(THREADS);
+    if (named->size != THREADS) throw std::runtime_error("sync_threads: not the same number of threads as before");
+    meet(*named, named->arrived, "sync_threads", nullptr, [](void* const*) {});
+}
+
+template <int COUNT>
+void fewer_registers() {
+    static_assert(COUNT % 8 == 0 && COUNT >= 24, "");
+}
+template <int COUNT>
+void more_registers() {
+    static_assert(COUNT % 8 == 0 && COUNT <= 256, "");
+}
+
+}  // namespace llmkern::cuda
