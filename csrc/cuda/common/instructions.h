@@ -71,10 +71,22 @@ LLMKERN_DEVICE float load_cluster(const float* mine, int rank) {
 LLMKERN_DEVICE int load_cluster(const int* mine, int rank) {
     return __float_as_int(load_cluster(reinterpret_cast<const float*>(mine), rank));
 }
+LLMKERN_DEVICE Words4 load_cluster(const Words4* mine, int rank) {
+    Words4 v;
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n}\n"
+        : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+        : "r"(shared_address(mine)), "r"(rank)
+        : "memory");
+    return v;
+}
 #else
 LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
 LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
 LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
+LLMKERN_DEVICE Words4 load_cluster(const Words4* mine, int) { return *mine; }
 #endif
 
 // With Grid::overlap: until all that earlier kernels of the stream wrote is there to be read. Before it a kernel may
@@ -241,6 +253,10 @@ LLMKERN_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 // The value, computed here: the compiler may not put it off into a loop that comes later.
 LLMKERN_DEVICE float settle(float value) {
     asm volatile("" : "+f"(value));
+    return value;
+}
+LLMKERN_DEVICE int settle(int value) {
+    asm volatile("" : "+r"(value));
     return value;
 }
 LLMKERN_DEVICE float absolute(float value) { return fabsf(value); }

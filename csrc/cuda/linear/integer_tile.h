@@ -8,6 +8,7 @@
 // 16 bytes of a row of 128 lie where, depends on the row's lowest bit such that the eight lie in different banks.
 #pragma once
 
+#include "cuda/linear/bands.h"
 #include "cuda/linear/integer.h"
 
 namespace llmkern::cuda {
@@ -75,18 +76,6 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
         }
     }
     if (args.splits > 1) sync_cluster();  // nobody leaves while another reads its memory
-}
-
-// Which tile of y a block has. Blocks that run together shall share rows of w and of x, so eight tiles of tokens take
-// turns.
-template <int TOKENS>
-LLMKERN_DEVICE void tile_of(const IntegerArgs& args, int block, int64_t& first_row, int64_t& first_token) {
-    const int row_tiles = int((args.out.n + TILE_ROWS - 1) / TILE_ROWS);
-    const int token_tiles = int((args.out.m + TOKENS - 1) / TOKENS);
-    const int band = block / (8 * row_tiles), in_band = block - band * 8 * row_tiles;
-    const int width = smaller(token_tiles - 8 * band, 8);
-    first_row = int64_t(in_band / width) * TILE_ROWS;
-    first_token = int64_t(8 * band + in_band % width) * TOKENS;
 }
 
 // The steps of K of one of the cluster's blocks.
@@ -286,7 +275,7 @@ template <class Format, int TOKEN_WARPS, int TOKEN_TILES, bool GROUPED, bool ALI
 __global__ void __launch_bounds__(64 * TOKEN_WARPS) integer_tile_kernel(IntegerArgs args) {
     using Tile = IntegerTile<Format, TOKEN_WARPS, TOKEN_TILES, GROUPED, ALIGNED>;
     int64_t first_row, first_token;
-    tile_of<Tile::TOKENS>(args, block_x(), first_row, first_token);
+    tile_of<TILE_ROWS, Tile::TOKENS>(args.out, block_x(), first_row, first_token);
     Tile tile(args, first_row, first_token);
     tile.run(block_y());
 }

@@ -122,7 +122,7 @@ template <int TOKENS, bool GROUPED, bool ALIGNED>
 __global__ void __launch_bounds__(256) integer_wgmma_kernel(IntegerArgs args) {
 #if LLMKERN_HAS_WGMMA
     int64_t first_row, first_token;
-    tile_of<TOKENS>(args, block_x(), first_row, first_token);
+    tile_of<TILE_ROWS, TOKENS>(args.out, block_x(), first_row, first_token);
     IntegerWgmma<TOKENS, GROUPED, ALIGNED> tile(args, first_row, first_token);
     tile.run(block_y());
 #endif

@@ -6,18 +6,22 @@
 
 namespace llmkern::cuda {
 
-template <class Format, class T, int TOKEN_TILES, Scaled SCALED, bool ALIGNED>
+template <class Tile>
 void launch_sparse_wgmma_instance(const SparseCall& call) {
-    using Tile = SparseWarpgroupTile<Format, T, TOKEN_TILES, SCALED, ALIGNED>;
-    call.launch(sparse_wgmma_kernel<Format, T, TOKEN_TILES, SCALED, ALIGNED>,
-                {Tile::ROWS / 16, TOKEN_TILES, call.args.splits}, Tile::THREADS, Tile::SHARED);
+    const Output& out = call.args.out;
+    Grid grid;
+    grid.x = unsigned((out.n + Tile::ROWS - 1) / Tile::ROWS * ((out.m + Tile::TOKENS - 1) / Tile::TOKENS));
+    grid.y = grid.cluster_y = unsigned(call.args.splits);
+    grid.threads = Tile::THREADS;
+    grid.shared_bytes = size_t(Tile::SHARED);
+    launch(call.name, sparse_wgmma_kernel<Tile>, grid, call.stream, call.args);
 }
 
-template <class Format, class T, Scaled SCALED>
+template <class Format, class T, SparseScaled SCALED>
 void launch_sparse_wgmma(const SparseCall& call, const Plan& plan) {
-    if (plan.row_tiles != 8) no_instance(call.name, plan);
-    if (plan.token_tiles == 8) return launch_sparse_wgmma_instance<Format, T, 8, SCALED, true>(call);
-    if (plan.token_tiles == 16) return launch_sparse_wgmma_instance<Format, T, 16, SCALED, true>(call);
+    if (plan.row_tiles != 16) no_instance(call.name, plan);
+    if (plan.token_tiles == 8) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 64, SCALED>>(call);
+    if (plan.token_tiles == 16) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED>>(call);
     no_instance(call.name, plan);
 }
 
@@ -25,14 +29,18 @@ void launch_sparse_wgmma(const SparseCall& call, const Plan& plan) {
 template <class Format>
 void launch_sparse_wgmma(const char* name, const KeptArgs& args, int row_bytes, const Plan& plan) {
     const SparseCall call = sparse_call<Format>(name, args, row_bytes, plan.splits);
-    if (!call.aligned) throw std::runtime_error(std::string(name) + ": rows or pointers are not aligned");
+    if (args.linear.k % SPARSE_STAGE || !call.aligned || !aligned_to(args.positions, 16))
+        throw std::runtime_error(std::string(name) + ": rows or pointers are not aligned");
     by_type(name, args.linear.x_dtype, [&](auto type) {
         using T = decltype(type);
         if constexpr (std::is_same_v<Format, Kept16>) {
-            launch_sparse_wgmma<Format, T, Scaled::NOT>(call, plan);
+            launch_sparse_wgmma<Format, T, SparseScaled::NOT>(call, plan);
         } else {
-            if (call.one_scale) return launch_sparse_wgmma<Format, T, Scaled::SUMS>(call, plan);
-            launch_sparse_wgmma<Format, T, Scaled::WEIGHTS>(call, plan);
+            if (call.one_scale) return launch_sparse_wgmma<Format, T, SparseScaled::SUMS>(call, plan);
+            if (args.group_size % SPARSE_STAGE == 0)
+                return launch_sparse_wgmma<Format, T, SparseScaled::STAGES>(call, plan);
+            check_group_multiple(name, call.args.groups, args.group_size, SPARSE_STAGE / 4);
+            launch_sparse_wgmma<Format, T, SparseScaled::PRODUCTS>(call, plan);
         }
     });
 }

@@ -29,6 +29,10 @@ inline void barrier_arrive(Barrier* barrier) {
     emulated::others_first();
 }
 
+inline void barrier_arrive_if(bool here, Barrier* barrier) {
+    if (here) barrier_arrive(barrier);
+}
+
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
     check_barrier(barrier);
     if (parity > 1) throw std::runtime_error("barrier_wait: a parity is 0 or 1");

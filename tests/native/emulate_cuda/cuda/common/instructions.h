@@ -249,6 +249,7 @@ inline float round_even(float value) { return std::nearbyint(value); }
 inline float minimum(float a, float b) { return std::fmin(a, b); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float settle(float value) { return value; }
+inline int settle(int value) { return value; }
 inline float absolute(float value) { return std::fabs(value); }
 
 // What all lanes bring to a product, and where each wants its part of the sum.
