@@ -31,6 +31,7 @@ ALWAYS = {
 HOPPER = {
     "wgmma_kernel": ["HGMMA.64", "LDGSTS"],
     "integer_wgmma_kernel": ["IGMMA.64", "LDGSTS"],
+    "integer_copied_kernel": ["IGMMA.64", "UTMALDG"],
     "sparse_wgmma_kernel": ["HGMMA.SP.64", "LDGSTS"],
 }
 # Bytes of the stack that instances at the limit of 255 registers use, outside their products: part of the mangled

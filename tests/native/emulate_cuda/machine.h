@@ -43,6 +43,12 @@ struct AsyncProduct {  // of a warpgroup (wgmma.h), not done before it is waited
     const uint32_t* positions = nullptr;  // of a sparse a
 };
 
+struct Tile {  // of copy_tile, not there before its barrier is waited for
+    uint8_t* to;
+    std::vector<uint8_t> bytes;
+    void* barrier;
+};
+
 struct Block {
     Index index;
     std::vector<uint8_t> memory;
@@ -74,6 +80,7 @@ struct Machine {
     std::vector<Fiber*> fibers;  // of the cluster's blocks
     std::vector<std::unique_ptr<Block>> cluster;
     std::unique_ptr<Group> cluster_group;
+    std::vector<Tile> tiles;
     long steps = 0;  // of any fiber past something that it waited for
 };
 
@@ -94,6 +101,6 @@ inline Group& my_warpgroup() { return machine.current->block->warpgroups[machine
 inline int my_lane() { return machine.current->thread % LANES; }
 
 // Runs `body` for every thread of every block.
-void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std::function<void()>& body);
+void run(Index grid, int threads, size_t shared_bytes, Index cluster, const std::function<void()>& body);
 
 }  // namespace llmkern::cuda::emulated
