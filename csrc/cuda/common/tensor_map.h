@@ -19,9 +19,10 @@ using TensorMap = CUtensorMap;
 #define LLMKERN_GRID_CONSTANT const __grid_constant__
 
 // Of bytes: `rows` rows of `columns`, `row_bytes` apart (a multiple of 16, as the address); tiles of box_rows (up to
-// 256) times 128 bytes, swizzled (matrix_descriptor.h). Beyond the matrix are zeros.
+// 256) times box_columns (16, 32, 64 or 128), the latter as matrix_descriptor.h wants them: where 16 bytes stand, is
+// xored with bits 7 and up of the place, as many as a row has such bits. Beyond the matrix are zeros.
 inline TensorMap tensor_map(const char* name, const void* at, int64_t columns, int64_t rows, int64_t row_bytes,
-                            int box_rows) {
+                            int box_columns, int box_rows) {
     static const auto encode = [&] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result{};
@@ -33,10 +34,14 @@ inline TensorMap tensor_map(const char* name, const void* at, int64_t columns, i
     }();
     TensorMap map;
     const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(row_bytes)};
-    const cuuint32_t box[2] = {128, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+    const cuuint32_t box[2] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, steps[2] = {1, 1};
+    const auto swizzle = box_columns == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                         : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                             : CU_TENSOR_MAP_SWIZZLE_NONE;
     const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(at), sizes, strides, box,
-                                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS)
         throw std::runtime_error(std::string(name) + ": cuTensorMapEncodeTiled: error " + std::to_string(int(error)));
     return map;
@@ -51,13 +56,14 @@ LLMKERN_DEVICE void barrier_expect(Barrier* barrier, int bytes) {
 // After barriers of a cluster's blocks have been initialised, before sync_cluster().
 LLMKERN_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
 
-// At the barrier that the cluster's block `rank` has in this place.
+// At the barrier that the cluster's block `rank` has in this place: what this thread has read there, may be overwritten.
+// Nothing that it wrote is made known there, which would take a fence of the whole cluster.
 LLMKERN_DEVICE void barrier_arrive_at_if(bool here, Barrier* barrier, int rank) {
     asm volatile(
         "{\n.reg .pred here;\n.reg .u32 there;\n"
         "setp.ne.u32 here, %2, 0;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "@here mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+        "@here mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
         "r"(rank), "r"(uint32_t(here))
         : "memory");
 }

@@ -163,8 +163,8 @@ void launch_integer_copied_instance(const char* name, const IntegerArgs& args, v
     grid.shared_bytes = size_t(Tile::SHARED);
     grid.overlap = true;
     launch(name, integer_copied_kernel<ROW_TILES, TOKENS, PAIRED>, grid, stream, args,
-           tensor_map(name, args.codes, args.row_bytes, args.out.n, args.row_bytes, Tile::ROWS),
-           tensor_map(name, args.x_codes, args.padded_k, args.out.m, args.padded_k, Tile::X_ROWS));
+           tensor_map(name, args.codes, args.row_bytes, args.out.n, args.row_bytes, TILE_STEP, Tile::ROWS),
+           tensor_map(name, args.x_codes, args.padded_k, args.out.m, args.padded_k, TILE_STEP, Tile::X_ROWS));
 }
 
 // plan.row_tiles of 16 and 8 are the sizes above. Rows of w start at multiples of 16 bytes.

@@ -8,21 +8,31 @@ namespace llmkern::cuda {
 
 template <class Tile>
 void launch_sparse_wgmma_instance(const SparseCall& call) {
-    const Output& out = call.args.out;
+    using Feed = typename Tile::Feed;
+    const SparseArgs& args = call.args;
+    const Output& out = args.out;
+    constexpr int ROWS = Feed::BLOCKS * Tile::ROWS;
     Grid grid;
-    grid.x = unsigned((out.n + Tile::ROWS - 1) / Tile::ROWS * ((out.m + Tile::TOKENS - 1) / Tile::TOKENS));
-    grid.y = grid.cluster_y = unsigned(call.args.splits);
+    grid.x = unsigned(Feed::BLOCKS * ((out.n + ROWS - 1) / ROWS) * ((out.m + Tile::TOKENS - 1) / Tile::TOKENS));
+    grid.y = grid.cluster_y = unsigned(args.splits);
+    grid.cluster_x = Feed::BLOCKS;
     grid.threads = Tile::THREADS;
     grid.shared_bytes = size_t(Tile::SHARED);
-    launch(call.name, sparse_wgmma_kernel<Tile>, grid, call.stream, call.args);
+    grid.overlap = true;
+    const int64_t x_bytes = int64_t(args.k) * 2, position_bytes = args.k / 8;
+    launch(call.name, sparse_wgmma_kernel<Tile>, grid, call.stream, args,
+           tensor_map(call.name, args.x, x_bytes, out.m, x_bytes, TILE_ROW_BYTES, Feed::X_ROWS),
+           tensor_map(call.name, args.values, args.row_bytes, out.n, args.row_bytes, Feed::UNITS * 16, Tile::ROWS),
+           tensor_map(call.name, args.positions, position_bytes, out.n, position_bytes, 16, Tile::ROWS));
 }
 
 template <class Format, class T, SparseScaled SCALED>
 void launch_sparse_wgmma(const SparseCall& call, const Plan& plan) {
-    if (plan.row_tiles != 16) no_instance(call.name, plan);
-    if (plan.token_tiles == 8) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 64, SCALED>>(call);
-    if (plan.token_tiles == 16) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED>>(call);
-    no_instance(call.name, plan);
+    if (plan.row_tiles != 16 || plan.splits > call.args.k / SPARSE_STAGE) no_instance(call.name, plan);
+    if (plan.token_tiles == 8) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 64, SCALED, false>>(call);
+    if (plan.token_tiles != 16) no_instance(call.name, plan);
+    if (plan.splits == 1) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, true>>(call);
+    launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, false>>(call);
 }
 
 // Only what is aligned: the rest is cuda.mma's.

@@ -1,6 +1,6 @@
-// Many rows of x and 2:4 weights on sm_90a, by three warpgroups: the first one copies to shared memory (wgmma_feed.h),
-// the others multiply 128 rows of w each, in two tiles. Weights are the left factor, decoded to registers, where the
-// next part (64 columns) becomes ready while a part's products are under way.
+// Many rows of x and 2:4 weights on sm_90a: two warpgroups multiply 128 rows of w each, in two tiles, and a thread of
+// the third has what they need copied to shared memory (wgmma_feed.h). Weights are the left factor, decoded to
+// registers, where the next part (64 columns) becomes ready while a part's products are under way.
 //
 // A sparse product of 64 rows, TOKENS and 32 columns takes TOKENS / 2 clocks, in which it reads TOKENS * 64 bytes of x:
 // all that shared memory gives. What else goes in and out of it, comes on top: in 4 such products x comes in once (a
@@ -17,14 +17,11 @@ namespace llmkern::cuda {
 // Where scales go, see kept.h; of weights: one for each row of a stage, or for each product.
 enum class SparseScaled { NOT, SUMS, STAGES, PRODUCTS };
 
-template <class Format, class T, int TOKENS_, SparseScaled SCALED>
+template <class Format, class T, int TOKENS_, SparseScaled SCALED, bool SHARED_X>
 struct SparseWgmma {
-    static constexpr int ROW_TILES = 2, CONSUMERS = 256, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+    static constexpr int ROW_TILES = 2, CONSUMERS = 256, THREADS = CONSUMERS + 128;
     static constexpr int ROWS = ROW_TILES * CONSUMERS / 2, TOKENS = TOKENS_;
-    // As many together as all have at the start, 168 each.
-    static constexpr int CONSUMER_REGISTERS = std::is_same_v<Format, Kept16> ? 224 : 232;
-    static constexpr int PRODUCER_REGISTERS = (168 * THREADS - CONSUMERS * CONSUMER_REGISTERS) / PRODUCERS;
-    using Feed = SparseFeed<Format, ROWS, TOKENS, PRODUCERS>;
+    using Feed = SparseFeed<Format, ROWS, TOKENS, CONSUMERS / 32, SHARED_X>;
     static constexpr int PITCH = ROWS + 4;  // of sums in floats: the lanes of a store in different banks
     static constexpr int SUMS_BYTES = TOKENS * PITCH * int(sizeof(float));
     static constexpr int SHARED = Feed::BYTES > SUMS_BYTES ? Feed::BYTES : SUMS_BYTES;
@@ -41,11 +38,12 @@ struct SparseWgmma {
 
     const SparseArgs& args;
     const Feed& feed;
-    const int consumer = thread() - PRODUCERS, g = thread() % 32 / 4, c = thread() % 4;
-    const int warp_row = consumer / 128 * ROW_TILES * 64 + consumer / 32 % 4 * 16;
-    float acc[ROW_TILES][TOKENS / 8][4] = {};
+    const int64_t first_row, first_token;
+    const int g = thread() % 32 / 4, c = thread() % 4;
+    const int warp_row = thread() / 128 * ROW_TILES * 64 + thread() / 32 % 4 * 16;
 
-    LLMKERN_DEVICE SparseWgmma(const SparseArgs& args, const Feed& feed) : args(args), feed(feed) {}
+    LLMKERN_DEVICE SparseWgmma(const SparseArgs& args, const Feed& feed, int64_t first_row, int64_t first_token)
+        : args(args), feed(feed), first_row(first_row), first_token(first_token) {}
 
     LLMKERN_DEVICE int row(int r, int h) const { return warp_row + 64 * r + 8 * h + g; }
 
@@ -74,7 +72,8 @@ struct SparseWgmma {
         }
     }
 
-    LLMKERN_DEVICE void decode(Left& left, const uint8_t* stage, int part, const Scales& scales) const {
+    LLMKERN_DEVICE void decode(Left& left, const uint8_t* stage, int part, const Scales& scales,
+                               const uint32_t (&beyond)[ROW_TILES]) const {
         const uint8_t* const values = stage + Feed::X_BYTES;
         const uint8_t* const positions = values + Feed::VALUE_BYTES + part * 8 + c * 2;
 #pragma unroll
@@ -99,11 +98,13 @@ struct SparseWgmma {
 #pragma unroll
                 for (int b = 0; b < 4; b++) left.a[r][b / 2][b % 2 * 2 + h] = pairs[b];
             }
-            left.positions[r] = permute(halves[0], halves[1], 0x5410);
+            left.positions[r] = permute(halves[0], halves[1], 0x5410) | beyond[r];
         }
     }
 
-    LLMKERN_DEVICE void multiply(const Left& left, const uint8_t* x) {
+    using Sums = float[ROW_TILES][TOKENS / 8][4];
+
+    static LLMKERN_DEVICE void multiply(Sums& acc, const Left& left, const uint8_t* x) {
         wgmma_fence();
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
@@ -124,17 +125,24 @@ struct SparseWgmma {
 #pragma unroll
                     for (int h = 0; h < 2; h++)
                         scales.bits[r][h][slot] = load_bits(
-                            args.scales,
-                            smaller<int64_t>(feed.first_row + row(r, h), args.out.n - 1) * args.groups + group,
+                            args.scales, smaller<int64_t>(first_row + row(r, h), args.out.n - 1) * args.groups + group,
                             args.scales_dtype);
             }
         }
     }
 
-    LLMKERN_DEVICE void run(int split) {
+    // Sums to shared memory. A stage at least, so that what sets sums to zero does not stand between products.
+    LLMKERN_DEVICE void run() const {
+        Sums acc = {};
         Left left[2];  // of the even parts, of the odd ones
         Scales scales, next_scales;
         typename Feed::Slot slot;
+        uint32_t
+            beyond[ROW_TILES];  // rows that do not exist: positions there are 0 and 1, since none is twice the same
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+            beyond[r] = (first_row + row(r, 0) < args.out.n ? 0 : 0x00004444) |
+                        (first_row + row(r, 1) < args.out.n ? 0 : 0x44440000);
         load_scales(next_scales, feed.first);
         int stage = feed.first;
 #pragma unroll 1
@@ -148,40 +156,34 @@ struct SparseWgmma {
             barrier_wait(Feed::full(slot.at), slot.parity);
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                decode(left[part], at, part, scales);
-                multiply(left[part], at + part * Feed::PART_BYTES);
+                decode(left[part], at, part, scales, beyond);
+                multiply(acc, left[part], at + part * Feed::PART_BYTES);
                 wgmma_wait<1>();  // the part before, whose registers are free now
-                if (part == 0) Feed::arrive(Feed::empty(before), stage > feed.first);
+                if (part == 0) Feed::release(before, stage > feed.first);
             }
             slot.next();
         } while (++stage < feed.last);
         wgmma_wait<0>();
-        finish(split);
-    }
-
-    // Through shared memory, so that neighbours in a row of y are stored together, and the cluster's blocks add up what
-    // they have: each a share of the rows of x.
-    LLMKERN_DEVICE void finish(int split) const {
+        sync_threads<1, CONSUMERS>();  // everyone is done with what stands where sums go
         float* const sums = reinterpret_cast<float*>(shared_memory());
-        sync_threads<1, CONSUMERS>();  // everyone is done with what stood there
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
             for (int t = 0; t < TOKENS / 8; t++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) sums[(8 * t + 2 * c + i % 2) * PITCH + row(r, i / 2)] = acc[r][t][i];
-        args.splits > 1 ? sync_cluster() : sync_threads<1, CONSUMERS>();
-        store(sums, split);
-        if (args.splits > 1) sync_cluster();  // nobody leaves while another reads its memory
     }
 
-    LLMKERN_DEVICE void store(const float* sums, int split) const {
+    // By the first CONSUMERS threads: neighbours in a row of y together, and what the cluster's blocks have added up,
+    // of which each has a share of the rows of x.
+    LLMKERN_DEVICE void store(int split) const {
+        const float* const sums = reinterpret_cast<const float*>(shared_memory());
         constexpr int QUARTETS = ROWS / 4, AT_ONCE = CONSUMERS / QUARTETS;
         const Output& out = args.out;
-        const int quartet = consumer % QUARTETS;
-        const int64_t row = feed.first_row + 4 * quartet;
+        const int quartet = thread() % QUARTETS;
+        const int64_t row = first_row + 4 * quartet;
         const bool whole = out.n % 4 == 0 && reinterpret_cast<uintptr_t>(out.y) % 8 == 0;
-        const int tokens = int(smaller<int64_t>(out.m - feed.first_token, TOKENS));
+        const int tokens = int(smaller<int64_t>(out.m - first_token, TOKENS));
         if (row >= out.n) return;
         float scale[4], bias[4];
 #pragma unroll
@@ -190,13 +192,13 @@ struct SparseWgmma {
             scale[i] = SCALED == SparseScaled::SUMS ? load_float(args.scales, at, args.scales_dtype) : 1.0f;
             bias[i] = out.bias ? load_float(out.bias, at, out.bias_dtype) : 0.0f;
         }
-        for (int t = consumer / QUARTETS + split * AT_ONCE; t < tokens; t += args.splits * AT_ONCE) {
+        for (int t = thread() / QUARTETS + split * AT_ONCE; t < tokens; t += args.splits * AT_ONCE) {
             float sum[4];
             cluster_sum(sums + t * PITCH + 4 * quartet, args.splits, sum);
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[i] = sum[i] * scale[i] + bias[i];
             const Words2 y = {pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3])};
-            uint16_t* const to = static_cast<uint16_t*>(out.y) + (feed.first_token + t) * out.n + row;
+            uint16_t* const to = static_cast<uint16_t*>(out.y) + (first_token + t) * out.n + row;
             if (whole) {
                 *reinterpret_cast<Words2*>(to) = y;
             } else {
@@ -209,21 +211,29 @@ struct SparseWgmma {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, 1) sparse_wgmma_kernel(SparseArgs args) {
+__global__ void __launch_bounds__(Tile::THREADS, 1)
+    sparse_wgmma_kernel(SparseArgs args, LLMKERN_GRID_CONSTANT TensorMap x, LLMKERN_GRID_CONSTANT TensorMap values,
+                        LLMKERN_GRID_CONSTANT TensorMap positions) {
 #if LLMKERN_HAS_WGMMA
+    using Feed = typename Tile::Feed;
+    const int rank = block_x() % Feed::BLOCKS, split = block_y();
     int64_t first_row, first_token;
-    tile_of<Tile::ROWS, Tile::TOKENS>(args.out, block_x(), first_row, first_token);
-    if (thread() == 0) Tile::Feed::init(Tile::CONSUMERS / 32);
-    sync_block();
-    if (thread() < Tile::PRODUCERS) {
-        fewer_registers<Tile::PRODUCER_REGISTERS>();
-        const typename Tile::Feed feed(args, first_row, first_token, block_y());
-        feed.run();
+    tile_of<Feed::BLOCKS * Tile::ROWS, Tile::TOKENS>(args.out, block_x() / Feed::BLOCKS, first_row, first_token);
+    first_row += rank * Tile::ROWS;
+    const Feed feed(args, split);
+    const Tile tile(args, feed, first_row, first_token);
+    Feed::init();
+    dependency_wait();
+    if (thread() < Tile::CONSUMERS) {
+        more_registers<232>();
+        tile.run();
+        args.splits > 1 ? sync_cluster() : sync_threads<1, Tile::CONSUMERS>();
+        tile.store(split);
+        // Nobody leaves while another reads its memory, or says there that it has used a stage.
+        if (Feed::BLOCKS > 1 || args.splits > 1) sync_cluster();
     } else {
-        more_registers<Tile::CONSUMER_REGISTERS>();
-        const typename Tile::Feed feed(args, first_row, first_token, block_y());
-        Tile tile(args, feed);
-        tile.run(block_y());
+        fewer_registers<40>();
+        if (thread() == Tile::CONSUMERS) feed.copy(x, values, positions, int(first_row), int(first_token), rank);
     }
 #endif
 }
