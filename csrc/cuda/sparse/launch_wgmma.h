@@ -29,10 +29,15 @@ void launch_sparse_wgmma_instance(const SparseCall& call) {
 template <class Format, class T, SparseScaled SCALED>
 void launch_sparse_wgmma(const SparseCall& call, const Plan& plan) {
     if (plan.row_tiles != 16 || plan.splits > call.args.k / SPARSE_STAGE) no_instance(call.name, plan);
-    if (plan.token_tiles == 8) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 64, SCALED, false>>(call);
-    if (plan.token_tiles != 16) no_instance(call.name, plan);
-    if (plan.splits == 1) return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, true>>(call);
-    launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, false>>(call);
+    if (plan.token_tiles != 8 && plan.token_tiles != 16) no_instance(call.name, plan);
+    // Scales of every product leave no registers for more rows of x.
+    if constexpr (SCALED != SparseScaled::PRODUCTS) {
+        if (plan.token_tiles == 16 && plan.splits == 1)
+            return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, true>>(call);
+        if (plan.token_tiles == 16)
+            return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, false>>(call);
+    }
+    launch_sparse_wgmma_instance<SparseWgmma<Format, T, 64, SCALED, false>>(call);
 }
 
 // Only what is aligned: the rest is cuda.mma's.

@@ -32,9 +32,8 @@ struct SparseWgmma {
         uint32_t a[ROW_TILES][2][4];
         uint32_t positions[ROW_TILES];
     };
-    struct Scales {  // bits: what becomes of them must not wait for them
-        uint32_t bits[ROW_TILES][2][SLOTS];
-    };
+    using ScaleBits = uint32_t[ROW_TILES][2][SLOTS];  // of the next stage: nothing waits for them yet
+    using Scales = PairScale[ROW_TILES][2][SLOTS];
 
     const SparseArgs& args;
     const Feed& feed;
@@ -85,21 +84,23 @@ struct SparseWgmma {
                 halves[h] = *reinterpret_cast<const uint16_t*>(positions + row(r, h) * 16);
                 uint32_t pairs[4];
                 pairs_of(values, row(r, h), part, pairs);
-                if constexpr (WEIGHTS) {
-                    PairScale scale{};
 #pragma unroll
-                    for (int b = 0; b < 4; b++) {
-                        if (b == 0 || (SLOTS > 1 && b == 2))
-                            scale = pair_scale<T>(
-                                bits_to_float(scales.bits[r][h][SLOTS > 1 ? 2 * part + b / 2 : 0], args.scales_dtype));
-                        pairs[b] = scaled<T>(pairs[b], scale);
-                    }
-                }
-#pragma unroll
-                for (int b = 0; b < 4; b++) left.a[r][b / 2][b % 2 * 2 + h] = pairs[b];
+                for (int b = 0; b < 4; b++)
+                    left.a[r][b / 2][b % 2 * 2 + h] =
+                        WEIGHTS ? scaled<T>(pairs[b], scales[r][h][SLOTS > 1 ? 2 * part + b / 2 : 0]) : pairs[b];
             }
             left.positions[r] = permute(halves[0], halves[1], 0x5410) | beyond[r];
         }
+    }
+
+    LLMKERN_DEVICE void settle_scales(Scales& scales, const ScaleBits& bits) const {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; slot++)
+                    scales[r][h][slot] = pair_scale<T>(bits_to_float(bits[r][h][slot], args.scales_dtype));
     }
 
     using Sums = float[ROW_TILES][TOKENS / 8][4];
@@ -114,7 +115,7 @@ struct SparseWgmma {
         wgmma_commit();
     }
 
-    LLMKERN_DEVICE void load_scales(Scales& scales, int stage) const {
+    LLMKERN_DEVICE void load_scales(ScaleBits& bits, int stage) const {
         if constexpr (WEIGHTS) {
             stage = smaller(stage, feed.last - 1);
 #pragma unroll
@@ -124,7 +125,7 @@ struct SparseWgmma {
                 for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
                     for (int h = 0; h < 2; h++)
-                        scales.bits[r][h][slot] = load_bits(
+                        bits[r][h][slot] = load_bits(
                             args.scales, smaller<int64_t>(first_row + row(r, h), args.out.n - 1) * args.groups + group,
                             args.scales_dtype);
             }
@@ -135,7 +136,8 @@ struct SparseWgmma {
     LLMKERN_DEVICE void run() const {
         Sums acc = {};
         Left left[2];  // of the even parts, of the odd ones
-        Scales scales, next_scales;
+        ScaleBits bits;
+        Scales scales;
         typename Feed::Slot slot;
         uint32_t
             beyond[ROW_TILES];  // rows that do not exist: positions there are 0 and 1, since none is twice the same
@@ -143,13 +145,13 @@ struct SparseWgmma {
         for (int r = 0; r < ROW_TILES; r++)
             beyond[r] = (first_row + row(r, 0) < args.out.n ? 0 : 0x00004444) |
                         (first_row + row(r, 1) < args.out.n ? 0 : 0x44440000);
-        load_scales(next_scales, feed.first);
+        load_scales(bits, feed.first);
         int stage = feed.first;
 #pragma unroll 1
         do {
             if constexpr (WEIGHTS) {
-                scales = next_scales;
-                load_scales(next_scales, stage + 1);
+                settle_scales(scales, bits);
+                load_scales(bits, stage + 1);
             }
             const uint8_t* const at = Feed::stage_at(slot.at);
             const int before = slot.at == 0 ? Feed::STAGES - 1 : slot.at - 1;
