@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import sass_hazards
 
 from llmkern import _features
 
@@ -30,6 +31,7 @@ ALWAYS = {
 HOPPER = {
     "wgmma_kernel": ["HGMMA.64", "LDGSTS", "SYNCS", "USETMAXREG"],
     "integer_wgmma_kernel": ["IGMMA.64", "LDGSTS"],
+    "integer_copied_kernel": ["IGMMA.64", "UTMALDG"],
     "sparse_wgmma_kernel": ["HGMMA.SP.64", "LDGSTS"],
 }
 # Bytes of the stack that instances at the limit of 255 registers use, outside their products: part of the mangled
@@ -82,11 +84,16 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
 
 
 @cache
+def code() -> dict[tuple[str, str], str]:
+    """(architecture, mangled name) -> its SASS."""
+    return kernels(dump("--dump-sass"), "\t\tFunction : ")
+
+
+@cache
 def instructions() -> dict[tuple[str, str], Counter]:
     """(architecture, mangled name) -> how often each instruction stands in it."""
-    found = kernels(dump("--dump-sass"), "\t\tFunction : ")
     opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)")
-    return {at: Counter(opcode.findall(body)) for at, body in found.items()}
+    return {at: Counter(opcode.findall(body)) for at, body in code().items()}
 
 
 def test_every_architecture_is_in() -> None:
@@ -114,6 +121,39 @@ def test_the_intended_instructions(architecture: str) -> None:
         for opcode in wanted.get(kernel_of(name), []):
             unaligned = opcode in ("LDGSTS", "LDSM") and "Lb0E" in name  # rows that no copy of 16 bytes fits
             assert unaligned or any(found.startswith(opcode) for found in counts), f"{name}: no {opcode}"
+
+
+def test_no_register_of_a_product_under_way_is_written() -> None:
+    with_products = {at for at, counts in instructions().items() if any("GMMA" in name for name in counts)}
+    assert with_products
+    for at in with_products:
+        assert sass_hazards.loops(sass_hazards.parse(code()[at])), f"{at}: no loop with products"
+        assert not (found := sass_hazards.hazards(code()[at])), f"{at}: {found[:3]}"
+
+
+PRODUCTS = """
+    /*0010*/  MOV R72, R8 ;
+    /*0020*/  HGMMA.SP.64x64x32.F32.BF16 R24, R60, gdesc[UR20], R24, R72, 0x0 ;
+    /*0030*/  HGMMA.SP.64x64x32.F32.BF16 R24, R56, gdesc[UR20], R24, R72, 0x1, gsb0 ;
+    /*0040*/  {before}
+    /*0050*/  WARPGROUP.DEPBAR.LE gsb0, {pending} ;
+    /*0060*/  LDS.128 R56, [R2] ;
+    /*0070*/  @!P0 BRA 0x10 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "pending", "number"),
+    [
+        ("LDS.128 R4, [R56] ;", "0x0", 0),
+        ("@P0 IMAD.WIDE R62, R3, R4, R5 ;", "0x0", 2),  # once in each round
+        ("SEL R72, R3, R4, P1 ;", "0x0", 4),
+        ("STS.128 [R2], R56 ;", "0x0", 0),
+        ("NOP ;", "0x1", 4),  # the last group is still under way: LDS in each round, MOV in the second
+    ],
+)
+def test_hazards_are_found(before: str, pending: str, number: int) -> None:
+    assert len(sass_hazards.hazards(PRODUCTS.format(before=before, pending=pending))) == number
 
 
 def kernel_of(name: str) -> str:

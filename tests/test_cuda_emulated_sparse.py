@@ -42,6 +42,27 @@ def kept_cases() -> list[LinearCase]:
             (24, 544, None, F32),
         ]
     ]
+    return floats + scaled + stage_cases()
+
+
+def stage_cases() -> list[LinearCase]:
+    """Whole stages of `cuda.wgmma`: one and more than its ring holds, rows of two blocks, scales of all kinds."""
+    floats = [
+        LinearCase("sparse24_linear", n, k, value_dtype=dtype)
+        for n, k in ((1, 128), (259, 640))
+        for dtype in (BF16, F16)
+    ]
+    scaled = [
+        LinearCase(op, n, k, group_size=group, value_dtype=I8, scale_dtype=scale)
+        for op in ("sparse24_linear", "sparse24_int4_linear")
+        for n, k, group, scale in [
+            (3, 128, None, BF16),
+            (260, 1280, 128, F32),
+            (33, 768, 256, F16),
+            (18, 640, 32, F32),
+            (9, 384, 96, BF16),
+        ]
+    ]
     return floats + scaled
 
 
@@ -67,15 +88,17 @@ def mask_cases() -> list[LinearCase]:
     ]
 
 
+def on_wgmma(case: LinearCase) -> bool:
+    return case.op != "bitmask_linear" and case.k % 128 == 0 and (case.group_size or 32) % 32 == 0
+
+
 def runs() -> list[Any]:
     """Every case on every kernel that takes it, with each type of x that it takes; rows of x in turns."""
     found = []
     for at, case in enumerate(kept_cases() + mask_cases()):
         for dtype in (BF16, F16) if case.value_dtype == I8 else (case.value_dtype,):
             for kernel, rows in ROWS_OF_X.items():
-                if kernel == "wgmma" and (
-                    case.op == "bitmask_linear" or case.k % (32 if case.value_dtype == I8 else 16)
-                ):
+                if kernel == "wgmma" and not on_wgmma(case):
                     continue
                 kind = str(dtype).removeprefix("torch.")
                 ms = rows[(at + (dtype == F16)) % 2]
@@ -112,7 +135,7 @@ def test_plans_of_every_instance(
     """The sizes that the cases above leave out, and clusters."""
     case = LinearCase(op, 37, 640, value_dtype=I8 if op == "sparse24_int4_linear" else BF16, group_size=128)
     plans = {"stream": [Plan(1, 1, 4), Plan(2, 1, 2)], "mma": [Plan(8, 16, 2)]}
-    plans["wgmma"] = [Plan(8, 8, 2), Plan(8, 16, 4)]
+    plans["wgmma"] = [Plan(16, 8, 2), Plan(16, 16, 4), Plan(16, 8, 5), Plan(16, 16, 1)]
     if op == "bitmask_linear":
         plans = {"stream": [Plan(1, 2, 4)], "mma": [Plan(8, 8, 2), Plan(8, 16, 8)]}
     for kernel, found in plans.items():
@@ -128,7 +151,7 @@ def test_plans_of_every_instance(
 def test_nan_stays_in_its_row(emulated: ModuleType, op: str, kernel: str, generator: torch.Generator) -> None:
     if (op, kernel) == ("bitmask_linear", "wgmma"):
         return
-    for k in (144, 75) if kernel != "wgmma" else (160,):
+    for k in (144, 75) if kernel != "wgmma" else (256,):
         case = LinearCase(op, 19, k, value_dtype=I8)
         x = torch.randn((19, k), generator=generator).bfloat16()
         x[4], x[17, ::3] = torch.nan, torch.inf
@@ -165,18 +188,20 @@ def test_refusals() -> None:
         small = LinearCase(op, 3, 64, group_size=20, value_dtype=I8)
         assert "multiple of 16 columns" in str(refusal(small, "stream", x(64)))
         odd = LinearCase(op, 3, 72, value_dtype=I8)
-        assert refusal(odd, "wgmma", x(72)) == "needs K in multiples of 32, got K=72"
+        assert refusal(odd, "wgmma", x(72)) == "needs K in multiples of 128, got K=72"
         assert refusal(odd, "mma", x(72)) is None
-        even = LinearCase(op, 3, 64, value_dtype=I8)
-        assert "16 bytes" in str(refusal(even, "wgmma", torch.zeros(2 * 64 + 1, dtype=BF16)[1:].view(2, 64)))
+        even = LinearCase(op, 3, 256, value_dtype=I8)
+        assert "16 bytes" in str(refusal(even, "wgmma", torch.zeros(2 * 256 + 1, dtype=BF16)[1:].view(2, 256)))
+        parts = LinearCase(op, 3, 256, group_size=48, value_dtype=I8)
+        assert "multiple of 32 columns" in str(refusal(parts, "wgmma", x(256)))
+        assert refusal(parts, "mma", x(256)) is None
 
 
 def test_choice() -> None:
     for gpu, ms, wgmma, kernel in [
         (GPU, range(1, 17), True, "stream"),
-        (GPU, range(17, 65), True, "mma"),
-        (GPU, (65, 4096), True, "wgmma"),
-        (GPU, (65, 4096), False, "mma"),
+        (GPU, (17, 65, 4096), True, "wgmma"),
+        (GPU, (17, 65, 4096), False, "mma"),
         (OLD_GPU, (17, 65, 4096), True, "mma"),
         (Gpu((10, 0), 148), (65, 4096), True, "mma"),
     ]:

@@ -135,9 +135,10 @@ def test_few_rows_quantized_before(
 def test_every_tile(emulated: ModuleType, generator: torch.Generator) -> None:
     """The largest tiles, and more tiles of rows of x than take turns."""
     wide, many = LinearCase(OP, 260, 272, symmetric=False), LinearCase(OP, 136, 16)
+    long = LinearCase(OP, 60, 1040, symmetric=False)  # in a pair of blocks, one without rows; more steps than wait
     for kernel, case, m, gpu in (
         ("mma", wide, 150, BUSY_GPU), ("mma", many, 580, OLD_GPU), ("wgmma", wide, 150, BUSY_GPU),
-        ("wgmma", many, 110, GPU),
+        ("wgmma", many, 110, GPU), ("wgmma", long, 300, BUSY_GPU),
     ):  # fmt: skip
         x, bias = torch.randn((m, case.k), generator=generator).bfloat16(), make_bias(case, generator)
         y = run(emulated, kernel, case, x, bias, gpu)
@@ -195,7 +196,7 @@ def test_choice() -> None:
     ):
         for kernel in KERNELS[1:]:
             plan = _cuda.integer_tile_plan(GPU, kernel, m, n, k, groups)
-            blocks = -(-n // 128) * -(-m // (8 * plan.token_tiles))
+            blocks = -(-n // (16 * plan.row_tiles)) * -(-m // (8 * plan.token_tiles))
             assert plan.splits == 1 or blocks * plan.splits <= GPU.multiprocessors
             assert groups == 1 or plan.token_tiles <= 12
         assert _cuda.integer_tile_plan(OLD_GPU, "mma", m, n, k, groups).splits == 1

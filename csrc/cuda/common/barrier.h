@@ -33,6 +33,16 @@ LLMKERN_DEVICE void copy_async_arrive(Barrier* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Without a branch, of which the compiler has none between products of a warpgroup that are to be under way together.
+LLMKERN_DEVICE void barrier_arrive_if(bool here, Barrier* barrier) {
+    asm volatile(
+        "{\n.reg .pred here;\n"
+        "setp.ne.u32 here, %1, 0;\n"
+        "@here mbarrier.arrive.shared::cta.b64 _, [%0];\n}\n" ::"r"(shared_address(barrier)),
+        "r"(uint32_t(here))
+        : "memory");
+}
+
 LLMKERN_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred over;\n"

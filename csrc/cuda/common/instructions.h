@@ -56,10 +56,6 @@ LLMKERN_DEVICE void sync_cluster() {
             : "memory");
 }
 
-// The same in two steps: what comes between them is not waited for.
-LLMKERN_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
-LLMKERN_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
-
 // What the block of this rank in the cluster has at the same place of its shared memory.
 LLMKERN_DEVICE float load_cluster(const float* mine, int rank) {
     float value;
@@ -86,13 +82,23 @@ LLMKERN_DEVICE Floats4 load_cluster(const Floats4* mine, int rank) {
         : "memory");
     return v;
 }
+LLMKERN_DEVICE Words4 load_cluster(const Words4* mine, int rank) {
+    Words4 v;
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [there];\n}\n"
+        : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+        : "r"(shared_address(mine)), "r"(rank)
+        : "memory");
+    return v;
+}
 #else
 LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
-LLMKERN_DEVICE void cluster_arrive() {}
-LLMKERN_DEVICE void cluster_wait() { __syncthreads(); }
 LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
 LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
 LLMKERN_DEVICE Floats4 load_cluster(const Floats4* mine, int) { return *mine; }
+LLMKERN_DEVICE Words4 load_cluster(const Words4* mine, int) { return *mine; }
 #endif
 
 // With Grid::overlap: until all that earlier kernels of the stream wrote is there to be read. Before it a kernel may
@@ -272,6 +278,10 @@ LLMKERN_DEVICE uint32_t settle(uint32_t value) {
 LLMKERN_DEVICE const uint8_t* settle(const uint8_t* pointer) {
     asm volatile("" : "+l"(pointer));
     return pointer;
+}
+LLMKERN_DEVICE int settle(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 LLMKERN_DEVICE float absolute(float value) { return fabsf(value); }
 

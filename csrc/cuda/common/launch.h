@@ -12,8 +12,8 @@ struct Grid {
     unsigned x = 1, y = 1, z = 1;
     unsigned threads = 256;
     size_t shared_bytes = 0;
-    unsigned cluster_y = 1;  // blocks along y that share a cluster; more than 1 needs sm_90
-    bool overlap = false;    // may start while the stream's previous kernel ends: it calls dependency_wait() itself
+    unsigned cluster_x = 1, cluster_y = 1;  // blocks that share a cluster; more than 1 needs sm_90
+    bool overlap = false;  // may start while the stream's previous kernel ends: it calls dependency_wait() itself
 };
 
 inline void check(const char* kernel, cudaError_t error) {
@@ -51,10 +51,10 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, v
     config.stream = static_cast<cudaStream_t>(stream);
     cudaLaunchAttribute attributes[2]{};
     config.attrs = attributes;
-    if (grid.cluster_y > 1) {
+    if (grid.cluster_x * grid.cluster_y > 1) {
         cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
         cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {1, grid.cluster_y, 1};
+        cluster.val.clusterDim = {grid.cluster_x, grid.cluster_y, 1};
     }
     if (grid.overlap && major(name) >= 9) {
         cudaLaunchAttribute& overlap = attributes[config.numAttrs++];

@@ -8,6 +8,8 @@
 // 16 bytes of a row of 128 lie where, depends on the row's lowest bit such that the eight lie in different banks.
 #pragma once
 
+#include "cuda/linear/bands.h"
+#include "cuda/linear/cluster_sum.h"
 #include "cuda/linear/integer.h"
 
 namespace llmkern::cuda {
@@ -25,13 +27,13 @@ constexpr int integer_tile_bytes(int tokens) {
     return stages > sums ? stages : sums;
 }
 
-// From the sums of a block's tile in shared memory, [TOKENS][TILE_STRIDE], to y: together with those of the cluster's
-// other blocks, of which each stores its share. Called by all THREADS of the block.
-template <class Format, class V, int THREADS, int TOKENS>
+// From the sums of a block's tile in shared memory, [TOKENS][ROWS + 4], to y: together with those of the cluster's
+// other blocks, of which each stores its share. Called by all threads of the block, of which the first THREADS store.
+template <class Format, class V, int THREADS, int TOKENS, int ROWS = TILE_ROWS>
 LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64_t first_token, int split) {
     const V* const sums = reinterpret_cast<const V*>(shared_memory());
     args.splits > 1 ? sync_cluster() : sync_block();
-    constexpr int OCTETS = TILE_ROWS / 8, AT_ONCE = THREADS / OCTETS;
+    constexpr int OCTETS = ROWS / 8, AT_ONCE = THREADS / OCTETS;
     const int octet = thread() % OCTETS;
     const int64_t row = first_row + 8 * octet;
     const bool whole = args.out.n % 8 == 0 && reinterpret_cast<uintptr_t>(args.out.y) % 16 == 0;
@@ -46,9 +48,10 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
         scale[i] = scaled ? 1.0f : load_float(args.scales, at, args.scales_dtype);
         offset[i] = Format::OFFSET + (offsets && args.zeros ? args.zeros[at] : 0);
     }
-    for (int t = thread() / OCTETS + split * AT_ONCE; t < TOKENS; t += args.splits * AT_ONCE) {
+    const int tokens =
+        thread() < THREADS && row < args.out.n ? int(smaller<int64_t>(args.out.m - first_token, TOKENS)) : 0;
+    for (int t = thread() / OCTETS + split * AT_ONCE; t < tokens; t += args.splits * AT_ONCE) {
         const int64_t token = first_token + t;
-        if (token >= args.out.m || row >= args.out.n) continue;
         const float x_scale = args.x_groups == 1 ? args.x_scales[token] : 1.0f;
         const int x_sum = offsets ? args.x_sums[token] : 0;
         union {
@@ -56,15 +59,15 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
             uint16_t halves[8];
         } y;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const V* const mine = sums + t * TILE_STRIDE + 8 * octet + i;
-            V sum = *mine;
-            if (args.splits > 1) {
-                sum = 0;
-                for (int rank = 0; rank < args.splits; rank++) sum += load_cluster(mine, rank);
+        for (int half = 0; half < 2; half++) {
+            V sum[4];
+            cluster_sum(sums + t * (ROWS + 4) + 8 * octet + 4 * half, args.splits, sum);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int i = 4 * half + j;
+                if (offsets) sum[j] -= V(offset[i] * x_sum);
+                y.halves[i] = finish(args.y_dtype, float(sum[j]), scale[i] * x_scale, bias[i]);
             }
-            if (offsets) sum -= V(offset[i] * x_sum);
-            y.halves[i] = finish(args.y_dtype, float(sum), scale[i] * x_scale, bias[i]);
         }
         uint16_t* const to = static_cast<uint16_t*>(args.out.y) + token * args.out.n + row;
         if (whole) {
@@ -75,18 +78,6 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
         }
     }
     if (args.splits > 1) sync_cluster();  // nobody leaves while another reads its memory
-}
-
-// Which tile of y a block has. Blocks that run together shall share rows of w and of x, so eight tiles of tokens take
-// turns.
-template <int TOKENS>
-LLMKERN_DEVICE void tile_of(const IntegerArgs& args, int block, int64_t& first_row, int64_t& first_token) {
-    const int row_tiles = int((args.out.n + TILE_ROWS - 1) / TILE_ROWS);
-    const int token_tiles = int((args.out.m + TOKENS - 1) / TOKENS);
-    const int band = block / (8 * row_tiles), in_band = block - band * 8 * row_tiles;
-    const int width = smaller(token_tiles - 8 * band, 8);
-    first_row = int64_t(in_band / width) * TILE_ROWS;
-    first_token = int64_t(8 * band + in_band % width) * TOKENS;
 }
 
 // The steps of K of one of the cluster's blocks.
@@ -286,7 +277,7 @@ template <class Format, int TOKEN_WARPS, int TOKEN_TILES, bool GROUPED, bool ALI
 __global__ void __launch_bounds__(64 * TOKEN_WARPS) integer_tile_kernel(IntegerArgs args) {
     using Tile = IntegerTile<Format, TOKEN_WARPS, TOKEN_TILES, GROUPED, ALIGNED>;
     int64_t first_row, first_token;
-    tile_of<Tile::TOKENS>(args, block_x(), first_row, first_token);
+    tile_of<TILE_ROWS, Tile::TOKENS>(args.out, block_x(), first_row, first_token);
     Tile tile(args, first_row, first_token);
     tile.run(block_y());
 }

@@ -1,14 +1,15 @@
 // sm_90a, more rows of quantized x: as integer_tile.h, but with products of a warpgroup, which read both factors from
-// shared memory. w is the left one, 64 rows to each of two warpgroups, so that few rows of x are not padded to 64.
+// shared memory. w is the left one, 64 rows to each of two warpgroups, so that few rows of x are not padded to 64. For
+// several scales per row of w, and for rows that are not aligned; the rest is integer_copied.h's.
 #pragma once
 
 #include "cuda/common/wgmma_s8.h"
-#include "cuda/linear/integer_tile.h"
+#include "cuda/linear/integer_copied.h"
 
 namespace llmkern::cuda {
 
-// Two blocks share a multiprocessor up to 96 rows of x; above, one has as many stages as fit.
-constexpr int wgmma_stages(int tokens) { return tokens <= 32 ? 5 : tokens == 128 ? 6 : 4; }
+// Two blocks share a multiprocessor.
+constexpr int wgmma_stages(int tokens) { return tokens <= 32 ? 5 : 4; }
 constexpr int integer_wgmma_bytes(int tokens) {
     const int stages = wgmma_stages(tokens) * (TILE_ROWS + tokens) * TILE_STEP, sums = tokens * TILE_STRIDE * 4;
     return stages > sums ? stages : sums;
@@ -122,7 +123,7 @@ template <int TOKENS, bool GROUPED, bool ALIGNED>
 __global__ void __launch_bounds__(256) integer_wgmma_kernel(IntegerArgs args) {
 #if LLMKERN_HAS_WGMMA
     int64_t first_row, first_token;
-    tile_of<TOKENS>(args, block_x(), first_row, first_token);
+    tile_of<TILE_ROWS, TOKENS>(args.out, block_x(), first_row, first_token);
     IntegerWgmma<TOKENS, GROUPED, ALIGNED> tile(args, first_row, first_token);
     tile.run(block_y());
 #endif
@@ -134,6 +135,7 @@ inline void launch_integer_wgmma(const char* name, const IntegerCodesArgs& from,
     const bool aligned = k % 16 == 0 && aligned_to(args.codes, 16), grouped = args.groups > 1;
     if (!args.x_codes) throw std::runtime_error(std::string(name) + ": needs room for quantized x");
     check_group_multiple(name, args.groups, from.codes.group_size, TILE_STEP);
+    if (aligned && !grouped) return launch_integer_copied(name, args, from.codes.linear.stream, plan);
     const auto start = [&](auto kernel, int tokens) {
         Grid grid;
         grid.x = unsigned((args.out.n + TILE_ROWS - 1) / TILE_ROWS * ((args.out.m + tokens - 1) / tokens));
@@ -145,17 +147,9 @@ inline void launch_integer_wgmma(const char* name, const IntegerCodesArgs& from,
     if (!aligned)
         return grouped ? start(integer_wgmma_kernel<64, true, false>, 64)
                        : start(integer_wgmma_kernel<64, false, false>, 64);
-#define LLMKERN_WGMMA(tokens)                                                    \
-    if (8 * plan.token_tiles == (tokens))                                        \
-    return grouped ? start(integer_wgmma_kernel<(tokens), true, true>, (tokens)) \
-                   : start(integer_wgmma_kernel<(tokens), false, true>, (tokens))
-    LLMKERN_WGMMA(32);
-    LLMKERN_WGMMA(64);
-    LLMKERN_WGMMA(96);
-#undef LLMKERN_WGMMA
-    // Sums of groups and of rows side by side leave no registers for more.
-    if (plan.token_tiles == 16 && !grouped) return start(integer_wgmma_kernel<128, false, true>, 128);
-    if (plan.token_tiles == 32 && !grouped) return start(integer_wgmma_kernel<256, false, true>, 256);
+    if (plan.token_tiles == 4) return start(integer_wgmma_kernel<32, true, true>, 32);
+    if (plan.token_tiles == 8) return start(integer_wgmma_kernel<64, true, true>, 64);
+    if (plan.token_tiles == 12) return start(integer_wgmma_kernel<96, true, true>, 96);
     no_instance(name, plan);
 }
 

@@ -75,6 +75,7 @@ constexpr int QUANTIZE_WARPS = 8;
 // A block per row, a thread per 16 columns. Groups are multiples of 16 columns, or one per row.
 template <class T, bool ALIGNED>
 __global__ void __launch_bounds__(QUANTIZE_WARPS * 32) quantize_kernel(QuantizeArgs a) {
+    dependency_wait();  // nothing to wait for: the product may start, and wait for the end of this
     const int64_t row = block_x();
     const int pieces = a.padded_k / 16, threads = QUANTIZE_WARPS * 32;
     const uint16_t* const x = static_cast<const uint16_t*>(a.x) + row * a.k;

@@ -33,9 +33,11 @@ struct SparseArgs {
 constexpr int PART_COLUMNS = 16;  // of each lane's run
 constexpr int PART_PAIRS = 4;
 
+// A quad's pair is taken from a word with a selector: that of the quad's place in the word.
+
 // Values in x's type: a word is a quad's pair.
 struct Kept16 {
-    static constexpr int LANE_BYTES = 16, LANE_COLUMNS = 16;
+    static constexpr int LANE_BYTES = 16, LANE_COLUMNS = 16, QUAD_BYTES = 4;
     using Unit = uint16_t;  // positions of a lane's run
     template <class T>
     static LLMKERN_DEVICE void decode(const uint32_t* words, uint32_t (&pairs)[PART_PAIRS]) {
@@ -45,43 +47,68 @@ struct Kept16 {
 };
 
 struct KeptInt8 {
-    static constexpr int LANE_BYTES = 16, LANE_COLUMNS = 32;
+    static constexpr int LANE_BYTES = 16, LANE_COLUMNS = 32, QUAD_BYTES = 2;
     using Unit = uint32_t;
+    template <class T>
+    static LLMKERN_DEVICE uint32_t selector(int quad) {
+        return std::is_same_v<T, F16> ? 0x7170 + quad * 0x0202 : 0x1100 + quad * 0x2222;
+    }
+    template <class T>
+    static LLMKERN_DEVICE uint32_t pair(uint32_t word, uint32_t selector) {
+        if constexpr (std::is_same_v<T, F16>) {
+            // code + 128 is a byte, which 1024 and more hold.
+            const uint32_t bytes = permute(word ^ 0x80808080, Magic<T>::PAIR, selector);
+            return fma2<T>(bytes, Magic<T>::ONE, pack2<T>(-1152, -1152));
+        } else {
+            // bf16 has room for seven bits: (128 + code % 128) - (128 or 256).
+            const uint32_t bytes = permute(word, word, selector);
+            return fma2<T>(mask_or(bytes, 0x00800080, Magic<T>::PAIR), Magic<T>::MINUS_ONE,
+                           mask_or(bytes, 0x007f007f, Magic<T>::PAIR));
+        }
+    }
     template <class T>
     static LLMKERN_DEVICE void decode(const uint32_t* words, uint32_t (&pairs)[PART_PAIRS]) {
 #pragma unroll
-        for (int i = 0; i < PART_PAIRS; i++) {
-            const uint32_t word = words[i / 2];
-            if constexpr (std::is_same_v<T, F16>) {
-                // code + 128 is a byte, which 1024 and more hold.
-                const uint32_t pair = permute(word ^ 0x80808080, Magic<T>::PAIR, i % 2 ? 0x7372 : 0x7170);
-                pairs[i] = fma2<T>(pair, Magic<T>::ONE, pack2<T>(-1152, -1152));
-            } else {
-                // bf16 has room for seven bits: (128 + code % 128) - (128 or 256).
-                const uint32_t pair = permute(word, word, i % 2 ? 0x3322 : 0x1100);
-                pairs[i] = fma2<T>(mask_or(pair, 0x00800080, Magic<T>::PAIR), Magic<T>::MINUS_ONE,
-                                   mask_or(pair, 0x007f007f, Magic<T>::PAIR));
-            }
-        }
+        for (int i = 0; i < PART_PAIRS; i++) pairs[i] = pair<T>(words[i / 2], selector<T>(i % 2));
     }
 };
 
 // 8 bytes, so that a chunk is no longer than the usual group of 128 columns.
 struct KeptInt4 {
-    static constexpr int LANE_BYTES = 8, LANE_COLUMNS = 32;
+    static constexpr int LANE_BYTES = 8, LANE_COLUMNS = 32, QUAD_BYTES = 1;
     using Unit = uint32_t;
     template <class T>
-    static LLMKERN_DEVICE void decode(const uint32_t* words, uint32_t (&pairs)[PART_PAIRS]) {
-        // Byte i holds a quad's pair: its lower nibble comes from the word, its upper one from the word moved by 4.
-        constexpr uint32_t BYTE[PART_PAIRS] = {0x4400, 0x5511, 0x6622, 0x7733};
+    static LLMKERN_DEVICE uint32_t selector(int quad) {
+        return 0x4400 + quad * 0x1111;
+    }
+    template <class T>
+    static LLMKERN_DEVICE uint32_t pair(uint32_t word, uint32_t selector) {
+        // A byte's lower nibble comes from the word, its upper one from the word moved by 4.
         constexpr uint32_t OFFSET = uint32_t(Magic<T>::NEGATIVE + 8) * 0x00010001;
+        const uint32_t nibbles = permute(word, word >> 4, selector);
+        return fma2<T>(mask_or(nibbles, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, OFFSET);
+    }
+    template <class T>
+    static LLMKERN_DEVICE void decode(const uint32_t* words, uint32_t (&pairs)[PART_PAIRS]) {
 #pragma unroll
-        for (int i = 0; i < PART_PAIRS; i++) {
-            const uint32_t pair = permute(words[0], words[0] >> 4, BYTE[i]);
-            pairs[i] = fma2<T>(mask_or(pair, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, OFFSET);
-        }
+        for (int i = 0; i < PART_PAIRS; i++) pairs[i] = pair<T>(words[0], selector<T>(i));
     }
 };
+
+// A weight times its scale, which comes in two parts so that the weight is rounded once.
+struct PairScale {
+    uint32_t high, low;
+};
+template <class T>
+LLMKERN_DEVICE PairScale pair_scale(float scale) {
+    const uint32_t high = pack2<T>(scale, scale);
+    const float rest = scale - to_float<T>(uint16_t(high));
+    return {high, pack2<T>(rest, rest)};
+}
+template <class T>
+LLMKERN_DEVICE uint32_t scaled(uint32_t pair, PairScale scale) {
+    return fma2<T>(pair, scale.high, fma2<T>(pair, scale.low, MINUS_ZERO));
+}
 
 // The nibbles of two runs of four in a word, turned: lane c gets nibble c of each run of lanes 0 to 3.
 LLMKERN_DEVICE uint32_t turn_nibbles(uint32_t word) {
@@ -191,14 +218,9 @@ struct KeptRows {
             uint32_t pairs[PART_PAIRS];
             Format::template decode<T>(stage.w[r][h] + part * WORDS / PARTS, pairs);
             if constexpr (SCALED == Scaled::WEIGHTS) {
-                // In two parts, so that a weight is rounded once.
-                const float scale = bits_to_float(stage.scale[r][h][part], args.scales_dtype);
-                const uint32_t high = pack2<T>(scale, scale);
-                const float rest = scale - to_float<T>(uint16_t(high));
-                const uint32_t low = pack2<T>(rest, rest);
+                const auto scale = pair_scale<T>(bits_to_float(stage.scale[r][h][part], args.scales_dtype));
 #pragma unroll
-                for (int i = 0; i < PART_PAIRS; i++)
-                    pairs[i] = fma2<T>(pairs[i], high, fma2<T>(pairs[i], low, MINUS_ZERO));
+                for (int i = 0; i < PART_PAIRS; i++) pairs[i] = scaled<T>(pairs[i], scale);
             }
 #pragma unroll
             for (int i = 0; i < PART_PAIRS; i++) a[i / 2][i % 2 * 2 + h] = pairs[i];

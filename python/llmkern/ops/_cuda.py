@@ -208,10 +208,16 @@ def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int
     of x. `cuda.wgmma` divides them evenly among blocks, so that a row too many costs no whole block.
     """
     rows = -(-n // 128)
+    if kernel == "wgmma" and groups == 1:
+        # csrc/cuda/linear/integer_copied.h: 256 rows of w, or 128 by 256 rows of x where those are enough blocks.
+        if rows * -(-m // 256) >= gpu.multiprocessors * 3 // 4:
+            return Plan(8, 32, 1)
+        token_blocks = -(-m // 128)
+        token_tiles = next(tiles for tiles in (4, 8, 12, 16) if m <= 8 * tiles * token_blocks)
+        return Plan(16, token_tiles, _idle(gpu, _blocks(n, 16) * token_blocks, k // 512))
     if kernel == "wgmma":
-        most = 12 if groups > 1 else 16 if rows * -(-m // 256) < gpu.multiprocessors else 32
-        token_blocks = -(-m // (8 * most))
-        token_tiles = next(tiles for tiles in (4, 8, 12, 16, 32) if m <= 8 * tiles * token_blocks)
+        token_blocks = -(-m // 96)
+        token_tiles = next(tiles for tiles in (4, 8, 12) if m <= 8 * tiles * token_blocks)
     else:
         token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
     blocks = rows * -(-m // (8 * token_tiles))

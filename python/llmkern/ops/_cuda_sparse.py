@@ -10,6 +10,8 @@ from torch import Tensor
 from llmkern.ops import _cuda
 
 TILE_ROWS = 128  # of w in a block of `cuda.mma`
+WGMMA_COLUMNS = 128  # of K in a stage of `cuda.wgmma`: csrc/cuda/sparse/wgmma_feed.h
+WGMMA_GROUP = 32  # columns of a product of `cuda.wgmma`
 PART_COLUMNS = 16  # csrc/cuda/sparse/kept.h
 
 MASK_CHUNK = 64  # csrc/cuda/bitmask_linear/masked_rows.h
@@ -18,12 +20,11 @@ MASK_CHUNK = 64  # csrc/cuda/bitmask_linear/masked_rows.h
 def best(gpu: _cuda.Gpu, m: int, *, wgmma: bool) -> str:
     """The kernel for m rows of x; wgmma: whether the op has that one.
 
-    Up to 16 rows every weight is used in one or two products as soon as it arrives. Up to 64 the products of a warp
-    suffice, of which sparse ones do twice the work of dense ones.
+    Up to 16 rows every weight is used in one or two products as soon as it arrives.
     """
     if m <= 16:
         return "stream"
-    return "wgmma" if wgmma and gpu.capability[0] == 9 and m > 64 else "mma"
+    return "wgmma" if wgmma and gpu.capability[0] == 9 else "mma"
 
 
 def yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, *, wgmma: bool) -> str | None:
@@ -45,9 +46,13 @@ def kept_plan(kernel: str, gpu: _cuda.Gpu, m: int, n: int, k: int, *, scaled: bo
         row_tiles, token_tiles = (2 if scaled else 4, 2) if m > 8 else (2 if m > 1 else 1, 1)
         wanted = gpu.multiprocessors * (2 if row_tiles == 1 else 1)
         most = -(-k // (chunk * _cuda.STREAM_WARPS))
+    elif kernel == "wgmma":
+        # A block fills a multiprocessor: a second round of them would cost more than dividing K gains.
+        row_tiles, wanted, most = 16, gpu.multiprocessors // 2 + 1, k // (4 * WGMMA_COLUMNS)
+        token_tiles = 16 if m > 64 else 8
     else:
         row_tiles, wanted, most = TILE_ROWS // 16, gpu.multiprocessors, k // (4 * chunk)
-        token_tiles = 16 if m > 64 else 4 if m <= 32 and kernel == "mma" else 8
+        token_tiles = 16 if m > 64 else 4 if m <= 32 else 8
     blocks = -(-n // (16 * row_tiles)) * -(-m // (8 * token_tiles))
     return _cuda.Plan(row_tiles, token_tiles, _cuda.cluster(gpu, blocks, wanted, most))
 
@@ -74,12 +79,18 @@ def rejects_values(values: Tensor, x: Tensor) -> str | None:
     return f"needs values in x's type or int8, got {values.dtype} values and {x.dtype} x"
 
 
-def rejects_alignment(kernel: str, x: Tensor, values: Tensor, positions: Tensor, multiple: int) -> str | None:
-    """Why `cuda.wgmma` cannot run: its x goes to shared memory 8 bytes at a time; the others have a way without."""
+def rejects_wgmma(
+    kernel: str, x: Tensor, values: Tensor, positions: Tensor, group_size: int | None = None
+) -> str | None:
+    """Why `cuda.wgmma` cannot run: it copies whole stages, 16 bytes at a time; the others have a way without.
+
+    group_size: of scaled values.
+    """
     if kernel != "wgmma":
         return None
-    if x.shape[-1] % multiple:
-        return f"needs K in multiples of {multiple}, got K={x.shape[-1]}"
-    if x.data_ptr() % 16 or values.data_ptr() % 16 or positions.data_ptr() % 4:
+    k = x.shape[-1]
+    if k % WGMMA_COLUMNS or not k:
+        return f"needs K in multiples of {WGMMA_COLUMNS}, got K={k}"
+    if x.data_ptr() % 16 or values.data_ptr() % 16 or positions.data_ptr() % 16:
         return "needs x and weights at multiples of 16 bytes"
-    return None
+    return None if group_size is None else _cuda.rejects_groups(group_size, k, WGMMA_GROUP)

@@ -137,43 +137,31 @@ void meet(Group& group, int place, const char* operation, void* record, const st
     }
 }
 
-void arrive(Group& group) {
-    if (machine.current->awaited >= 0) throw std::runtime_error("a thread arrives twice without waiting");
-    machine.current->awaited = group.generation;
-    machine.steps++;
-    if (++group.arrived == group.size) {
-        group.arrived = 0;
-        group.generation++;
-    }
-}
-
-void wait(Group& group) {
-    const long mine = std::exchange(machine.current->awaited, -1);
-    if (mine < 0) throw std::runtime_error("a thread waits without having arrived");
-    wait_until([&] { return group.generation != mine; });
-}
-
-void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std::function<void()>& body) {
-    if (grid.y % cluster_y) throw std::runtime_error("the grid is no multiple of the cluster");
+void run(Index grid, int threads, size_t shared_bytes, Index cluster, const std::function<void()>& body) {
+    if (grid.x % cluster.x || grid.y % cluster.y) throw std::runtime_error("the grid is no multiple of the cluster");
     if (threads % LANES) throw std::runtime_error("a block of part of a warp is not emulated");
     if (shared_bytes > 227 * 1024) throw std::runtime_error("more shared memory than a block can have");
     kernel_body = &body;
     failure = nullptr;
+    const int blocks = cluster.x * cluster.y;
     for (int z = 0; z < grid.z; z++)
-        for (int y = 0; y < grid.y; y += cluster_y)
-            for (int x = 0; x < grid.x; x++) {
+        for (int y = 0; y < grid.y; y += cluster.y)
+            for (int x = 0; x < grid.x; x += cluster.x) {
                 machine.cluster.clear();
-                machine.cluster_group = std::make_unique<Group>(threads * cluster_y);
+                machine.tiles.clear();
+                machine.cluster_group = std::make_unique<Group>(threads * blocks);
                 std::vector<std::unique_ptr<Fiber>> fibers;
                 machine.fibers.clear();
-                for (int rank = 0; rank < cluster_y; rank++) {
-                    machine.cluster.push_back(std::make_unique<Block>(Index{x, y + rank, z}, threads, shared_bytes));
+                for (int rank = 0; rank < blocks; rank++) {
+                    const Index index{x + rank % cluster.x, y + rank / cluster.x, z};
+                    machine.cluster.push_back(std::make_unique<Block>(index, threads, shared_bytes));
                     for (int thread = 0; thread < threads; thread++) {
                         fibers.push_back(make_fiber(*machine.cluster.back(), thread, rank));
                         machine.fibers.push_back(fibers.back().get());
                     }
                 }
                 run_fibers(fibers);
+                if (!machine.tiles.empty()) throw std::runtime_error("a block ended before its tiles had come");
             }
     machine.current = nullptr;
 }

@@ -50,6 +50,12 @@ struct AsyncProduct {  // of a warpgroup (wgmma.h), not done before it is waited
     const uint32_t* positions = nullptr;  // of a sparse a
 };
 
+struct Tile {  // of copy_tile, not there before its barrier is waited for
+    uint8_t* to;
+    std::vector<uint8_t> bytes;
+    void* barrier;
+};
+
 struct Block {
     Index index;
     std::vector<uint8_t> memory;
@@ -79,7 +85,6 @@ struct Fiber {
     std::vector<std::vector<AsyncProduct>> product_groups;  // committed, oldest first
     std::vector<AsyncProduct> open_products;
     bool registers_fenced = false;
-    long awaited = -1;  // generation of the group in which this thread has arrived
 };
 
 struct Machine {
@@ -87,6 +92,7 @@ struct Machine {
     std::vector<Fiber*> fibers;  // of the cluster's blocks
     std::vector<std::unique_ptr<Block>> cluster;
     std::unique_ptr<Group> cluster_group;
+    std::vector<Tile> tiles;
     long steps = 0;  // of any fiber past something that it waited for
 };
 
@@ -102,15 +108,11 @@ void others_first();
 // the same operation.
 void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work);
 
-// A meeting in two steps: `wait` returns when every thread of the group has arrived as often as this one.
-void arrive(Group& group);
-void wait(Group& group);
-
 inline Group& my_warp() { return machine.current->block->warps[machine.current->thread / LANES]; }
 inline Group& my_warpgroup() { return machine.current->block->warpgroups[machine.current->thread / (4 * LANES)]; }
 inline int my_lane() { return machine.current->thread % LANES; }
 
 // Runs `body` for every thread of every block.
-void run(Index grid, int threads, size_t shared_bytes, int cluster_y, const std::function<void()>& body);
+void run(Index grid, int threads, size_t shared_bytes, Index cluster, const std::function<void()>& body);
 
 }  // namespace llmkern::cuda::emulated

@@ -58,7 +58,7 @@ def cuda_rejects(
     kernel: str, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any, group_size: int
 ) -> str | None:
     """Why a CUDA kernel cannot run on these arguments."""
-    if reason := _cuda_sparse.rejects_alignment(kernel, x, words, positions, 32):
+    if reason := _cuda_sparse.rejects_wgmma(kernel, x, words, positions, group_size):
         return reason
     return _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
 

@@ -76,7 +76,7 @@ def cuda_rejects(
     """Why a CUDA kernel cannot run on these arguments."""
     if reason := _cuda_sparse.rejects_values(values, x):
         return reason
-    if reason := _cuda_sparse.rejects_alignment(kernel, x, values, positions, 16 if scales is None else 32):
+    if reason := _cuda_sparse.rejects_wgmma(kernel, x, values, positions, None if scales is None else group_size):
         return reason
     return None if scales is None else _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)
 

@@ -8,7 +8,8 @@ namespace llmkern::cuda {
 
 struct alignas(8) Barrier {
     uint16_t arrivals, missing;
-    uint32_t phase;
+    uint32_t phase : 8;
+    int32_t bytes : 24;  // of tiles (tensor_map.h), still to come
 };
 
 // What has not been written is all ones.
@@ -19,18 +20,39 @@ inline void check_barrier(const Barrier* barrier) {
 
 inline void barrier_init(Barrier* barrier, int arrivals) {
     if (arrivals < 1 || arrivals > 1024) throw std::runtime_error("a barrier of no or too many arrivals");
-    *barrier = {uint16_t(arrivals), uint16_t(arrivals), 0};
+    *barrier = {uint16_t(arrivals), uint16_t(arrivals), 0, 0};
     check_barrier(barrier);
+}
+
+// The next phase, if all have arrived and all tiles have come.
+inline void turn_barrier(Barrier* barrier) {
+    if (barrier->missing || barrier->bytes) return;
+    barrier->missing = barrier->arrivals;
+    barrier->phase++;
 }
 
 inline void count_arrival(Barrier* barrier) {
     check_barrier(barrier);
-    if (--barrier->missing == 0) *barrier = {barrier->arrivals, barrier->arrivals, barrier->phase + 1};
+    if (barrier->missing == 0) throw std::runtime_error("more arrivals at a barrier than it is for");
+    barrier->missing--;
+    turn_barrier(barrier);
 }
 
 inline void barrier_arrive(Barrier* barrier) {
     count_arrival(barrier);
     emulated::others_first();
+}
+
+inline void land_tiles(Barrier* barrier) {
+    auto& tiles = machine.tiles;
+    for (size_t i = 0; i < tiles.size(); i++)
+        if (tiles[i].barrier == barrier) {
+            const auto tile = std::move(tiles[i]);
+            tiles.erase(tiles.begin() + i--);
+            std::memcpy(tile.to, tile.bytes.data(), tile.bytes.size());
+            barrier->bytes -= int(tile.bytes.size());
+            turn_barrier(barrier);
+        }
 }
 
 inline void copy_async_arrive(Barrier* barrier) {
@@ -42,10 +64,17 @@ inline void copy_async_arrive(Barrier* barrier) {
     fiber.open.clear();
 }
 
+inline void barrier_arrive_if(bool here, Barrier* barrier) {
+    if (here) barrier_arrive(barrier);
+}
+
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
     check_barrier(barrier);
     if (parity > 1) throw std::runtime_error("barrier_wait: a parity is 0 or 1");
-    emulated::wait_until([=] { return (barrier->phase & 1) != parity; });
+    emulated::wait_until([=] {
+        land_tiles(barrier);
+        return (barrier->phase & 1) != parity;
+    });
 }
 
 inline void sync_threads(int id, int threads) {

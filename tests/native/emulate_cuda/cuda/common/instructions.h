@@ -56,9 +56,6 @@ inline void sync_cluster() {
     meet(*machine.cluster_group, place, "sync_cluster", nullptr, [](void* const*) {});
 }
 
-inline void cluster_arrive() { emulated::arrive(*machine.cluster_group); }
-inline void cluster_wait() { emulated::wait(*machine.cluster_group); }
-
 template <class V>
 V load_cluster(const V* mine, int rank) {
     const auto offset = reinterpret_cast<const uint8_t*>(mine) - shared_memory();
@@ -256,6 +253,7 @@ inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float settle(float value) { return value; }
 inline uint32_t settle(uint32_t value) { return value; }
 inline const uint8_t* settle(const uint8_t* pointer) { return pointer; }
+inline int settle(int value) { return value; }
 inline float absolute(float value) { return std::fabs(value); }
 
 // What all lanes bring to a product, and where each wants its part of the sum.

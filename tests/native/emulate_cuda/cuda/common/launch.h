@@ -12,7 +12,7 @@ struct Grid {
     unsigned x = 1, y = 1, z = 1;
     unsigned threads = 256;
     size_t shared_bytes = 0;
-    unsigned cluster_y = 1;
+    unsigned cluster_x = 1, cluster_y = 1;
     bool overlap = false;
 };
 
@@ -21,8 +21,8 @@ inline int multiprocessors(const char*) { return 2; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), const Grid& grid, void*, const Arguments&... arguments) {
-    emulated::run({int(grid.x), int(grid.y), int(grid.z)}, int(grid.threads), grid.shared_bytes, int(grid.cluster_y),
-                  [&] { kernel(arguments...); });
+    emulated::run({int(grid.x), int(grid.y), int(grid.z)}, int(grid.threads), grid.shared_bytes,
+                  {int(grid.cluster_x), int(grid.cluster_y), 1}, [&] { kernel(arguments...); });
 }
 
 }  // namespace llmkern::cuda
