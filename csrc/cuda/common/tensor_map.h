@@ -2,7 +2,7 @@
 // "cp.async.bulk. tensor"). The order of a use, with barriers of barrier.h:
 //
 //   barrier_expect(b, bytes)              one arrival, and that many bytes are to come before the phase is over
-//   copy_tile(to, map, column, row, b)    the engine counts them off
+//   copy_tile(to, map, column, row, b)    the engine counts them off; copy_bytes likewise, without a matrix
 //   barrier_wait(b, parity)               what it wrote is there, for wgmma too
 //
 // In a cluster a tile can go to several blocks, to the same place of each one's shared memory, and be counted there.
@@ -68,12 +68,27 @@ LLMKERN_DEVICE void barrier_arrive_at_if(bool here, Barrier* barrier, int rank) 
         : "memory");
 }
 
+// Bytes as they lie: all three multiples of 16.
+LLMKERN_DEVICE void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
 LLMKERN_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int row, Barrier* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::
             "r"(shared_address(to)),
         "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(shared_address(barrier))
         : "memory");
+}
+
+// Into L2 only: no reading of it.
+LLMKERN_DEVICE void prefetch_tile(const TensorMap& map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(reinterpret_cast<uint64_t>(&map)),
+                 "r"(column), "r"(row)
+                 : "memory");
 }
 
 // To the blocks of the cluster whose bits are set.
@@ -90,6 +105,8 @@ LLMKERN_DEVICE void copy_tile_to(uint16_t blocks, void* to, const TensorMap& map
 LLMKERN_DEVICE void barrier_expect(Barrier*, int) {}
 LLMKERN_DEVICE void fence_barriers() {}
 LLMKERN_DEVICE void barrier_arrive_at_if(bool, Barrier*, int) {}
+LLMKERN_DEVICE void prefetch_tile(const TensorMap&, int, int) {}
+LLMKERN_DEVICE void copy_bytes(void*, const void*, int, Barrier*) {}
 LLMKERN_DEVICE void copy_tile(void*, const TensorMap&, int, int, Barrier*) {}
 LLMKERN_DEVICE void copy_tile_to(uint16_t, void*, const TensorMap&, int, int, Barrier*) {}
 #endif

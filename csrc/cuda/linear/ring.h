@@ -3,7 +3,7 @@
 //   a block     keeps its part of x in shared memory; its warps are divided into groups
 //   a group     takes tiles of 2 x 16 rows of w in turn; its warps divide K (the block's part of it)
 //   a warp      multiplies units of a tile by a chunk of K. DEPTH of them are on their way into slots of its own, from
-//               the next tile too: lanes read what they asked for themselves, and no warp waits for another
+//               the next tile too, by the copy engine: no warp waits for another
 //   a tile's end   the sums of a group's warps meet in shared memory and are added in a fixed order
 //   a cluster   only where a block cannot hold x: its blocks divide K and are one group each
 //
@@ -11,13 +11,11 @@
 // A unit of 2 x 16 x 128 int4 weights, 2 KiB, takes a warp about 250 instructions; 29 MB of them are 7000 clocks of a
 // scheduler that issues one per clock, 3.6 us, when 7.5 are needed to read them.
 //
-// x lies in shared memory as it does in memory but for the order of its pieces of 16 bytes (8 columns):
-// [chunk][piece p of a lane][token][lane c of four, at c ^ p], so that reads touch all banks and writes most.
+// x lies in shared memory as it does in memory, rows so far apart that two of them are in different banks.
 #pragma once
 
-#include "cuda/common/barrier.h"
 #include "cuda/common/divisor.h"
-#include "cuda/common/instructions.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/common/values.h"
 #include "cuda/linear/linear.h"
 #include "cuda/linear/reduce.h"
@@ -26,20 +24,19 @@ namespace llmkern::cuda {
 
 struct RingArgs {
     const void* x;
-    const uint8_t* codes;
-    int row_bytes;
     const void* scales;
     DType scales_dtype;
     const int8_t* zeros;
     int groups;
     Divisor group_size;
     int k;
-    int splits;        // blocks of a cluster
-    int part;          // of K in chunks, of the block with the most
-    int blocks;        // of the grid that take different tiles
-    int block_groups;  // of warps; 1 in a cluster
-    int tokens;        // rows of x in shared memory
-    Divisor pieces;    // of 8 columns, of a row of x in the block with the most
+    int chunks;       // of K
+    int split_shift;  // 1 << it: blocks of a cluster
+    int part;         // of K in chunks, of the block with the most
+    int blocks;       // of the grid that take different tiles
+    int group_shift;  // 1 << it: warps of a group; all of a block in a cluster
+    int tokens;       // rows of x in shared memory
+    int x_pitch;      // bytes from one to the next
     // Of a warp: scales and zeros of the rows of a tile, how many tiles' (what is asked for is ahead), and how far
     // apart rows are.
     int small_bytes, small_buffers, scale_pitch, zero_pitch;
@@ -60,8 +57,6 @@ enum class RingScales { ROWS, SUMS, WEIGHTS };
 template <class Weights, class T, int TOKEN_TILES>
 struct Ring {
     static constexpr int WARPS = RING_WARPS<TOKEN_TILES>, DEPTH = RING_DEPTH, THREADS = WARPS * 32;
-    static constexpr int LANE_PIECES = Weights::CHUNK / 32;  // of x, of a lane, in a chunk
-    static constexpr int CHUNK_PIECES = 4 * LANE_PIECES;
     static constexpr int VALUES = RING_TILES * TOKEN_TILES * 128;  // sums of a tile
     using Sums = float[RING_TILES][TOKEN_TILES][4];
 
@@ -69,64 +64,69 @@ struct Ring {
     const int warp = thread() / 32, lane = thread() % 32;
     const int group_warps, group, in_group;
     const int64_t first_token;
-    const int split;
+    const int split, splits;
     const int first_tile, tile_step, tiles;  // of 32 rows of w
     const int block_chunk, block_chunks;     // of K, of this block
     const int first_chunk, chunks;           // of this warp, from the block's first on
-    const int chunk_bytes;                   // of x
     uint8_t* const slots;                    // of this warp
     uint8_t* const small;                    // scales and zeros of this warp
     float* const sums;                       // of this warp's group
+    float* const kept;                       // in a cluster: sums of every tile
     float* const totals;                     // of x: [chunk][8 * TOKEN_TILES tokens]
+    uint8_t* const x;
+    Barrier* const x_there;
+    Barrier* const there;  // of this warp, by slot
     const Weights weights;
 
-    LLMKERN_DEVICE Ring(const RingArgs& args, int block, int split, int64_t first_token)
+    LLMKERN_DEVICE Ring(const RingArgs& args, const TensorMap& codes, int block, int split, int64_t first_token)
         : args(args),
-          group_warps(WARPS / args.block_groups),
-          group(warp / group_warps),
-          in_group(warp % group_warps),
+          group_warps(1 << args.group_shift),
+          group(warp >> args.group_shift),
+          in_group(warp - (group << args.group_shift)),
           first_token(first_token),
           split(split),
+          splits(1 << args.split_shift),
           first_tile(group * args.blocks + block),  // all blocks have some before any has more
-          tile_step(args.blocks * args.block_groups),
+          tile_step((WARPS >> args.group_shift) * args.blocks),
           tiles(int((args.out.n + 16 * RING_TILES - 1) / (16 * RING_TILES))),
-          block_chunk(share(all_chunks(args), split, args.splits)),
-          block_chunks(share(all_chunks(args), split + 1, args.splits) - block_chunk),
-          first_chunk(share(block_chunks, in_group, group_warps)),
-          chunks(share(block_chunks, in_group + 1, group_warps) - first_chunk),
-          chunk_bytes(LANE_PIECES * 64 * args.tokens),
-          slots(shared_memory() + args.part * chunk_bytes + warp * DEPTH * Weights::SLOT_BYTES),
-          small(shared_memory() + args.part * chunk_bytes + WARPS * DEPTH * Weights::SLOT_BYTES +
-                warp * args.small_buffers * args.small_bytes),
-          sums(reinterpret_cast<float*>(shared_memory() + args.part * chunk_bytes +
-                                        WARPS * DEPTH * Weights::SLOT_BYTES +
-                                        WARPS * args.small_buffers * args.small_bytes) +
+          block_chunk(args.chunks * split >> args.split_shift),
+          block_chunks((args.chunks * (split + 1) >> args.split_shift) - block_chunk),
+          first_chunk(block_chunks * in_group >> args.group_shift),
+          chunks((block_chunks * (in_group + 1) >> args.group_shift) - first_chunk),
+          slots(shared_memory() + warp * DEPTH * Weights::SLOT_BYTES),
+          small(shared_memory() + SLOTS + warp * args.small_buffers * args.small_bytes),
+          sums(reinterpret_cast<float*>(shared_memory() + SLOTS + WARPS * args.small_buffers * args.small_bytes) +
                group * group_warps * VALUES),
-          totals(sums + (WARPS - group * group_warps) * VALUES),
-          weights{args, block_chunk + first_chunk, chunks} {}
+          kept(sums + (WARPS - group * group_warps) * VALUES),
+          totals(kept + (args.split_shift ? rounds_of(args) * VALUES : 0)),
+          x(reinterpret_cast<uint8_t*>(totals + (Weights::TOTALS ? args.part * 8 * TOKEN_TILES : 0))),
+          x_there(reinterpret_cast<Barrier*>(x + args.tokens * args.x_pitch)),
+          there(x_there + 1 + warp * DEPTH),
+          weights{args, codes, block_chunk + first_chunk, chunks} {}
 
-    static LLMKERN_DEVICE int all_chunks(const RingArgs& args) { return (args.k + Weights::CHUNK - 1) / Weights::CHUNK; }
-    static LLMKERN_DEVICE int share(int all, int i, int parts) { return int(int64_t(all) * i / parts); }
+    static constexpr int SLOTS = WARPS * DEPTH * Weights::SLOT_BYTES;
 
-    // Of shared memory.
-    static int64_t bytes(const RingArgs& args) {
-        return args.part * (LANE_PIECES * 64 * args.tokens + 32 * TOKEN_TILES) +
-               WARPS * (DEPTH * Weights::SLOT_BYTES + args.small_buffers * args.small_bytes +
-                        VALUES * int(sizeof(float)));
+    // Tiles of a block in a cluster, which all its warps share.
+    static LLMKERN_DEVICE int rounds_of(const RingArgs& args) {
+        const int tiles = int((args.out.n + 16 * RING_TILES - 1) / (16 * RING_TILES));
+        return (tiles + args.blocks - 1) / args.blocks;
+    }
+
+    // Of shared memory. rounds: tiles of a block in a cluster; 0 without one.
+    static int64_t bytes(const RingArgs& args, int64_t rounds) {
+        return SLOTS + WARPS * args.small_buffers * args.small_bytes + (WARPS + rounds) * VALUES * int(sizeof(float)) +
+               (Weights::TOTALS ? args.part * 32 * TOKEN_TILES : 0) + int64_t(args.tokens) * args.x_pitch +
+               (1 + WARPS * DEPTH) * int(sizeof(Barrier));
     }
 
     // Where asking is.
     struct Place {
         int tile, chunk, buffer;  // chunk: of this warp's
-        typename Weights::Place rows;
     };
     LLMKERN_DEVICE void ask(Place& place, int slot) const {
         if (place.tile < tiles && chunks) {
-            if (place.chunk == 0) {
-                weights.go_to(place.rows, place.tile);
-                weights.ask_small(small + place.buffer * args.small_bytes, place.rows);
-            }
-            weights.ask(slots + slot * Weights::SLOT_BYTES, place.rows, place.chunk);
+            if (place.chunk == 0) weights.ask_small(small + place.buffer * args.small_bytes, place.tile);
+            weights.ask(slots + slot * Weights::SLOT_BYTES, place.tile, place.chunk, there + slot);
             if (++place.chunk == chunks) {
                 place.chunk = 0, place.tile += tile_step;
                 if (++place.buffer == args.small_buffers) place.buffer = 0;
@@ -135,25 +135,28 @@ struct Ring {
         copy_async_commit();
     }
 
-    LLMKERN_DEVICE void copy_x() const {
-        const int pieces = block_chunks * CHUNK_PIECES;
-        for (int i = thread(); i < int(args.pieces.divisor) * args.tokens; i += THREADS) {
-            // Neighbours are a token's.
-            const int token = args.pieces.divide(i), piece = i - token * int(args.pieces.divisor);
-            if (piece >= pieces) continue;
-            const int column = block_chunk * Weights::CHUNK + piece * 8;
-            const int of_lane = piece % LANE_PIECES, c = piece / LANE_PIECES % 4;
-            copy_async_if(first_token + token < args.out.m && column < args.k,
-                          shared_memory() + piece / CHUNK_PIECES * chunk_bytes +
-                              (of_lane * args.tokens + token) * 64 + (c ^ (of_lane & 3)) * 16,
-                          static_cast<const uint16_t*>(args.x) + (first_token + token) * args.k + column);
+    // This block's columns of x; zeros where K ends within a chunk.
+    LLMKERN_DEVICE void ask_x() const {
+        const int tokens = int(smaller<int64_t>(args.tokens, args.out.m - first_token));
+        const int column = block_chunk * Weights::CHUNK;
+        const int columns = smaller(block_chunks * Weights::CHUNK, args.k - column);
+        if (thread() == 0) barrier_expect(x_there, tokens * columns * 2);
+        if (warp == 0) {
+            sync_warp();
+            if (lane < tokens)
+                copy_bytes(x + lane * args.x_pitch,
+                           static_cast<const uint16_t*>(args.x) + (first_token + lane) * args.k + column, columns * 2,
+                           x_there);
         }
+        const int rest = block_chunks * Weights::CHUNK - columns;
+        for (int i = thread(); i < rest * tokens; i += THREADS)
+            reinterpret_cast<uint16_t*>(x + i / rest * args.x_pitch)[columns + i % rest] = 0;
     }
 
     LLMKERN_DEVICE void sync_group() const { sync_threads(1 + group, group_warps * 32); }
 
     // The sums of a tile, by all warps of the group.
-    LLMKERN_DEVICE void finish(const Sums& acc, int tile) const {
+    LLMKERN_DEVICE void finish(const Sums& acc, int tile, int round) const {
         sync_group();  // nobody reads the last tile's any more
         float* const to = sums + in_group * VALUES + lane;
 #pragma unroll
@@ -168,21 +171,27 @@ struct Ring {
             float sum = sums[at];
 #pragma unroll 4
             for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
-            if (args.splits == 1)
+            if (splits == 1)
                 store(sum, tile, at);
             else
-                sums[at] = sum;
+                kept[round * VALUES + at] = sum;
         }
-        if (args.splits == 1) return;
+    }
+
+    // In a cluster, after all tiles: their sums from all blocks.
+    LLMKERN_DEVICE void finish_cluster() const {
         sync_cluster();
-        const int part = VALUES / args.splits;
+        int round = 0;
+        for (int tile = first_tile; tile < tiles; tile += tile_step, round++) {
+            const int part = VALUES >> args.split_shift;
+            for (int at = split * part + thread(); at < (split + 1) * part; at += THREADS) {
+                float sum = 0;
 #pragma unroll 1
-        for (int at = split * part + in_group * 32 + lane; at < (split + 1) * part; at += group_warps * 32) {
-            float sum = 0;
-            for (int rank = 0; rank < args.splits; rank++) sum += load_cluster(sums + at, rank);
-            store(sum, tile, at);
+                for (int rank = 0; rank < splits; rank++) sum += load_cluster(kept + round * VALUES + at, rank);
+                store(sum, tile, at);
+            }
         }
-        sync_cluster();
+        sync_cluster();  // nobody leaves while another reads its memory
     }
 
     LLMKERN_DEVICE void store(float sum, int tile, int at) const {
@@ -196,48 +205,55 @@ struct Ring {
     }
 
     LLMKERN_DEVICE void run() const {
+        if (lane < DEPTH) barrier_init(there + lane, 1);
+        if (thread() == 0) barrier_init(x_there, 1);
+        fence_barriers();
         weights.prefetch(first_tile);
         dependency_wait();
-        Place next{first_tile, 0, 0, {}};
+        sync_block();
+        Place next{first_tile, 0, 0};
 #pragma unroll 1
         for (int i = 0; i < DEPTH; i++) ask(next, i);
-        copy_x();
-        copy_async_commit();
-        copy_async_wait<0>();
+        ask_x();
+        barrier_wait(x_there, 0);
         sync_block();
-        const uint8_t* const block_x = shared_memory();
         if (Weights::TOTALS) {
 #pragma unroll 1
             for (int chunk = warp; chunk < block_chunks; chunk += WARPS)
-                weights.add_x(totals + chunk * 8 * TOKEN_TILES, block_x + chunk * chunk_bytes);
+                weights.add_x(totals + chunk * 8 * TOKEN_TILES, x + chunk * Weights::CHUNK * 2);
             sync_block();
         }
-        int slot = 0, buffer = 0;
+        int slot = 0, buffer = 0, round = 0;
+        uint32_t parity = 0;
 #pragma unroll 1
-        for (int tile = first_tile; tile < tiles; tile += tile_step) {
+        for (int tile = first_tile; tile < tiles; tile += tile_step, round++) {
             Sums acc = {};
-            const auto rows = weights.small_of(tile, small + buffer * args.small_bytes);
+            typename Weights::Rows rows;
+            weights.small_of(rows, tile, small + buffer * args.small_bytes);
 #pragma unroll 1
             for (int chunk = 0; chunk < chunks; chunk++) {
                 copy_async_wait<DEPTH - 1>();
-                sync_warp();
+                barrier_wait(there + slot, parity);
+                sync_warp();  // scales that other lanes copied
                 weights.multiply(acc, slots + slot * Weights::SLOT_BYTES, rows, chunk,
-                                 block_x + (first_chunk + chunk) * chunk_bytes,
+                                 x + (first_chunk + chunk) * Weights::CHUNK * 2,
                                  totals + (first_chunk + chunk) * 8 * TOKEN_TILES);
                 sync_warp();
                 ask(next, slot);
-                slot = slot + 1 == DEPTH ? 0 : slot + 1;
+                if (++slot == DEPTH) slot = 0, parity ^= 1;
             }
             if (++buffer == args.small_buffers) buffer = 0;
-            finish(acc, tile);
+            finish(acc, tile, round);
         }
         copy_async_wait<0>();
+        if (splits > 1) finish_cluster();
     }
 };
 
 template <class Weights, class T, int TOKEN_TILES>
-__global__ void __launch_bounds__(RING_WARPS<TOKEN_TILES> * 32, 1) ring_kernel(RingArgs args) {
-    const Ring<Weights, T, TOKEN_TILES> ring(args, block_x(), block_y(), int64_t(block_z()) * args.tokens);
+__global__ void __launch_bounds__(RING_WARPS<TOKEN_TILES> * 32, 1) ring_kernel(RingArgs args,
+                                                                                  LLMKERN_GRID_CONSTANT TensorMap codes) {
+    const Ring<Weights, T, TOKEN_TILES> ring(args, codes, block_x(), block_y(), int64_t(block_z()) * args.tokens);
     ring.run();
 }
 

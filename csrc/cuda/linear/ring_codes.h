@@ -1,6 +1,6 @@
-// int4 and int8 weights for ring.h. Lane (g, c) copies the 16 bytes of rows g and g + 8 that it uses itself.
+// int4 and int8 weights for ring.h. Lane (g, c) uses 16 bytes of rows g, g + 8, g + 16 and g + 24.
 //
-//   slot    codes [2 tiles][2][32 lanes][16 bytes], and with groups smaller than a chunk the scales and zeros that each
+//   slot    codes [32 rows][64 bytes], swizzled by the copy engine (tensor_map.h), and with groups smaller than a chunk the scales and zeros that each
 //           lane has, [2 tiles][2][32][4 bytes] each. A copy has at least 4 bytes, so what is less comes with its
 //           neighbours and is picked by its number
 //   small   otherwise: of each of a tile's 32 rows the scales of this warp's columns, then the zeros. They come with the
@@ -24,12 +24,8 @@ struct RingCodes {
     // With scales of lanes weights are made whole: a total of x over lanes would have no scale.
     static constexpr bool TOTALS = !OF_LANES && (ZEROS || BIAS != 0);
     static constexpr int SCALE_AT = 1024 * RING_TILES, ZERO_AT = SCALE_AT + (OF_LANES ? 256 * RING_TILES : 0);
-    static constexpr int SLOT_BYTES = ZERO_AT + (OF_LANES && ZEROS ? 256 * RING_TILES : 0);
+    static constexpr int SLOT_BYTES = OF_LANES ? 3072 : 2048;
 
-    struct Place {
-        const uint8_t* codes[2 * RING_TILES];  // of this lane's rows, of the next chunk
-        int entry;  // of the first group among scales and zeros, of row `lane` of the tile
-    };
     struct Rows {  // of this lane in a tile
         const uint8_t* scale[RING_TILES][2];  // of the first group of this warp
         const uint8_t* zero[RING_TILES][2];
@@ -37,6 +33,7 @@ struct RingCodes {
     };
 
     const RingArgs& args;
+    const TensorMap& codes;
     const int first_chunk, chunks;  // of this warp
     const int lane = thread() % 32, g = lane / 4, c = lane % 4;
 
@@ -47,12 +44,14 @@ struct RingCodes {
         return SCALED ? ((chunks - 1) * CHUNK + group_size - 1) / group_size + 1 : 1;
     }
     // Whether every warp's scales of a row start at a multiple of 16 bytes.
-    static bool units_fit(const RingArgs& args, int64_t chunks, int group_warps, int size) {
+    static bool units_fit(const RingArgs& args, int size) {
         if (!SCALED || args.groups * size % 16 || reinterpret_cast<uintptr_t>(args.scales) % 16) return false;
-        for (int split = 0; split < args.splits; split++) {
-            const int64_t first = chunks * split / args.splits, mine = chunks * (split + 1) / args.splits - first;
-            for (int warp = 0; warp < group_warps; warp++)
-                if ((first + mine * warp / group_warps) * CHUNK / args.group_size.divisor * size % 16) return false;
+        for (int split = 0; split < 1 << args.split_shift; split++) {
+            const int first = args.chunks * split >> args.split_shift;
+            const int mine = (args.chunks * (split + 1) >> args.split_shift) - first;
+            for (int warp = 0; warp < 1 << args.group_shift; warp++)
+                if ((first + (mine * warp >> args.group_shift)) * CHUNK / int(args.group_size.divisor) * size % 16)
+                    return false;
         }
         return true;
     }
@@ -62,13 +61,6 @@ struct RingCodes {
         return smaller(tile * 16 * RING_TILES + in_tile, int(args.out.n) - 1);
     }
 
-    LLMKERN_DEVICE void go_to(Place& place, int tile) const {
-#pragma unroll
-        for (int i = 0; i < 2 * RING_TILES; i++)
-            place.codes[i] = args.codes + c * 16 + first_chunk * 64 + int64_t(row(tile, i * 8 + g)) * args.row_bytes;
-        place.entry = row(tile, lane) * args.groups;
-    }
-
     // chunk: of all.
     LLMKERN_DEVICE int group_of(int chunk) const {
         if (!SCALED) return 0;
@@ -76,12 +68,9 @@ struct RingCodes {
     }
 
     LLMKERN_DEVICE void prefetch(int tile) const {
-        Place place;
-        go_to(place, tile);
-        if (c) return;
-        for (int d = 0; d < RING_DEPTH && d < chunks; d++)
-#pragma unroll
-            for (int i = 0; i < 2 * RING_TILES; i++) prefetch_l2(place.codes[i] + d * 64);
+        if (lane == 0)
+            for (int d = 0; d < RING_DEPTH && d < chunks; d++)
+                prefetch_tile(codes, (first_chunk + d) * 64, tile * 16 * RING_TILES);
     }
 
     LLMKERN_DEVICE bool wide() const { return args.scales_dtype == DType::F32; }
@@ -94,9 +83,10 @@ struct RingCodes {
     }
 
     // Of this lane's row of a tile, all that this warp needs.
-    LLMKERN_DEVICE void ask_small(uint8_t* to, const Place& place) const {
+    LLMKERN_DEVICE void ask_small(uint8_t* to, int tile) const {
         if (OF_LANES || (!SCALED && !ZEROS)) return;
-        const int first = place.entry + group_of(first_chunk), last = place.entry + group_of(first_chunk + chunks - 1);
+        const int entry = row(tile, lane) * args.groups;
+        const int first = entry + group_of(first_chunk), last = entry + group_of(first_chunk + chunks - 1);
         if (SCALED) {
             uint8_t* const row = to + lane * args.scale_pitch;
             const uint8_t* const from = scale_word(first);
@@ -114,9 +104,8 @@ struct RingCodes {
         }
     }
 
-    LLMKERN_DEVICE Rows small_of(int tile, const uint8_t* at) const {
-        Rows rows;
-        if (!SCALED && !ZEROS) return rows;
+    LLMKERN_DEVICE void small_of(Rows& rows, int tile, const uint8_t* at) const {
+        if (!SCALED && !ZEROS) return;
 #pragma unroll
         for (int r = 0; r < RING_TILES; r++)
 #pragma unroll
@@ -127,22 +116,19 @@ struct RingCodes {
                 rows.scale[r][h] = at + in_tile * args.scale_pitch + (wide() ? 0 : (first & 1) * 2);
                 rows.zero[r][h] = at + 32 * args.scale_pitch + in_tile * args.zero_pitch + (first & 3);
             }
-        return rows;
     }
 
-    // Asks for the next chunk, and moves on. chunk: of this warp's.
-    LLMKERN_DEVICE void ask(uint8_t* slot, Place& place, int chunk) const {
-        const bool there = (first_chunk + chunk) * 64 + c * 16 < args.row_bytes;
-#pragma unroll
-        for (int i = 0; i < 2 * RING_TILES; i++) {
-            copy_async_if(there, slot + i * 512 + lane * 16, place.codes[i]);
-            place.codes[i] += 64;
+    // chunk: of this warp's.
+    LLMKERN_DEVICE void ask(uint8_t* slot, int tile, int chunk, Barrier* there) const {
+        if (lane == 0) {
+            barrier_expect(there, 1024 * RING_TILES);
+            copy_tile(slot, codes, (first_chunk + chunk) * 64, tile * 16 * RING_TILES, there);
         }
         if (!OF_LANES) return;
         const int group = group_of(first_chunk + chunk);
 #pragma unroll
         for (int i = 0; i < 2 * RING_TILES; i++) {
-            const int entry = shuffle(place.entry, i * 8 + g) + group;
+            const int entry = row(tile, i * 8 + g) * args.groups + group;
             copy_async4(slot + SCALE_AT + i * 128 + lane * 4, scale_word(entry));
             if (ZEROS) copy_async4(slot + ZERO_AT + i * 128 + lane * 4, zero_word(entry));
         }
@@ -171,7 +157,7 @@ struct RingCodes {
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; t++) {
             const int token = smaller(8 * t + g, args.tokens - 1);
-            const Words4 piece = *reinterpret_cast<const Words4*>(x + (PIECE * args.tokens + token) * 64 + (c ^ (PIECE & 3)) * 16);
+            const Words4 piece = *reinterpret_cast<const Words4*>(x + token * args.x_pitch + c * LANE * 2 + PIECE * 16);
 #pragma unroll
             for (int i = 0; i < PIECE_WORDS; i++) {
 #pragma unroll
@@ -190,7 +176,7 @@ struct RingCodes {
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; t++) {
                 const int token = smaller(8 * t + g, args.tokens - 1);
-                const Words4 piece = *reinterpret_cast<const Words4*>(x + (p * args.tokens + token) * 64 + (c ^ (p & 3)) * 16);
+                const Words4 piece = *reinterpret_cast<const Words4*>(x + token * args.x_pitch + c * LANE * 2 + p * 16);
                 mma<T>(sums[t], ones, piece.w[0], piece.w[1]);
                 mma<T>(sums[t], ones, piece.w[2], piece.w[3]);
             }
@@ -210,7 +196,7 @@ struct RingCodes {
         for (int r = 0; r < RING_TILES; r++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                of.w[r][h] = *reinterpret_cast<const Words4*>(slot + (2 * r + h) * 512 + lane * 16);
+                of.w[r][h] = *reinterpret_cast<const Words4*>(slot + (2 * r + h) * 512 + g * 64 + (c ^ (g >> 1)) % 4 * 16);
                 if (SCALED) of.scale[r][h] = scale_of(slot, rows, r, h, group, from);
                 if (ZEROS) of.zero[r][h] = zero_of(slot, rows, r, h, group, from);
             }

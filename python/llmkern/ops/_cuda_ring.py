@@ -33,8 +33,10 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def shared_bytes(m: int, k: int, codes: Codes, splits: int, block_groups: int) -> int:
-    """Shared memory of a block: its part of x and its totals, slots, scales and zeros, sums."""
+def shared_bytes(m: int, k: int, codes: Codes, splits: int, block_groups: int, rounds: int) -> int:
+    """Shared memory of a block: its part of x and its totals, slots, scales and zeros, sums; in a cluster those of every
+    tile (rounds).
+    """
     token_tiles = 2 if m > 8 else 1
     warps, chunks = WARPS[token_tiles], -(-k // codes.chunk)
     part, group_warps = -(-chunks // splits), WARPS[token_tiles] // block_groups
@@ -51,10 +53,13 @@ def shared_bytes(m: int, k: int, codes: Codes, splits: int, block_groups: int) -
             scales += 0 if scales % 32 else 16
         zeros = 4 * (_up(groups + 3, 4) // 4 | 1) if codes.zeros else 0
         small = 32 * (scales + zeros) * (1 + (-(-DEPTH // narrow) if narrow else DEPTH))
-    slot = 2048 + (512 * (1 + codes.zeros) if of_lanes else 0)
+    slot = 3072 if of_lanes else 2048
     return (
-        part * (2 * codes.chunk * min(m, 8 * token_tiles) + 32 * token_tiles)
+        min(m, 8 * token_tiles) * (_up(2 * part * codes.chunk, 64) + 32)
+        + part * 32 * token_tiles
         + warps * (DEPTH * slot + small + 1024 * token_tiles)
+        + 1024 * token_tiles * rounds
+        + 8 * (1 + warps * DEPTH)
     )
 
 
@@ -85,11 +90,12 @@ def plan(gpu: Gpu, m: int, n: int, k: int, codes: Codes) -> Plan | None:
         if splits > chunks:
             break
         for groups in (1, 2, 4, 8)[: 1 if splits > 1 else 4]:
-            if warps // groups < 2 or shared_bytes(m, k, codes, splits, groups) > SHARED_BYTES:
-                continue
             blocks = min(tiles, max(1, int(gpu.multiprocessors * usable) // splits))
             rounds = -(-tiles // (blocks * groups))
-            cost = rounds * (-(-chunks // (splits * (warps // groups))) + 1 + 2 * (splits > 1))
+            kept = -(-tiles // min(tiles, gpu.multiprocessors // splits)) if splits > 1 else 0
+            if warps // groups < 2 or shared_bytes(m, k, codes, splits, groups, kept) > SHARED_BYTES:
+                continue
+            cost = rounds * (-(-chunks // (splits * (warps // groups))) + 1) + 4 * (splits > 1)
             plans[cost, splits, groups] = Plan(groups, token_tiles, splits)
     return plans[min(plans)] if plans else None
 

@@ -40,6 +40,22 @@ inline void barrier_arrive_at_if(bool here, Barrier* barrier, int rank) {
     if (here) barrier_arrive(at_block(barrier, rank));
 }
 
+inline void prefetch_tile(const TensorMap&, int, int) {}
+
+inline void send(emulated::Tile&& tile, Barrier* barrier) {
+    static bool later = false;
+    later = !later;
+    machine.tiles.push_back(std::move(tile));
+    if (!later) land_tiles(barrier);
+}
+
+inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+    const auto* const at = static_cast<const uint8_t*>(from);
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes < 16)
+        throw std::runtime_error("copy_bytes: not in multiples of 16 bytes");
+    send({static_cast<uint8_t*>(to), std::vector<uint8_t>(at, at + bytes), barrier}, barrier);
+}
+
 inline void copy_tile_to_block(void* to, const TensorMap& map, int column, int row, Barrier* barrier) {
     if (reinterpret_cast<uintptr_t>(to) % 1024)
         throw std::runtime_error("copy_tile: a tile at no multiple of 1024 bytes");
@@ -50,11 +66,7 @@ inline void copy_tile_to_block(void* to, const TensorMap& map, int column, int r
                 const int place = r * map.box_columns + b, swizzle = place >> 7 & (map.box_columns / 16 - 1);
                 tile[place ^ swizzle << 4] = map.at[(row + r) * map.row_bytes + column + b];
             }
-    emulated::Tile copy{static_cast<uint8_t*>(to), std::move(tile), barrier};
-    static bool later = false;
-    later = !later;
-    machine.tiles.push_back(std::move(copy));
-    if (!later) land_tiles(barrier);
+    send({static_cast<uint8_t*>(to), std::move(tile), barrier}, barrier);
 }
 
 inline void copy_tile(void* to, const TensorMap& map, int column, int row, Barrier* barrier) {
