@@ -19,7 +19,7 @@ inline int log2_of(const char* name, int value) {
 // plan.row_tiles: groups of warps in a block, each with tiles of its own.
 template <class Weights, class T, int TOKEN_TILES>
 void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const TensorMap& codes, const Plan& plan) {
-    constexpr int WARPS = RING_WARPS<TOKEN_TILES>;
+    constexpr int WARPS = RING_WARPS, DEPTH = RING_DEPTH<TOKEN_TILES>;
     const int64_t tiles = (l.n + 16 * RING_TILES - 1) / (16 * RING_TILES);
     to.k = int(l.k), to.chunks = int((l.k + Weights::CHUNK - 1) / Weights::CHUNK);
     if (plan.row_tiles < 1 || plan.row_tiles > WARPS || plan.splits > to.chunks ||
@@ -34,7 +34,7 @@ void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const Tenso
     // Of the warp with the most and of the one with the fewest chunks.
     const int group_warps = 1 << to.group_shift, wide = (to.part + group_warps - 1) / group_warps;
     const int narrow = to.chunks / plan.splits / group_warps;
-    to.small_buffers = 1 + (narrow ? (RING_DEPTH + narrow - 1) / narrow : RING_DEPTH);
+    to.small_buffers = 1 + (narrow ? (DEPTH + narrow - 1) / narrow : DEPTH);
     const int64_t small_groups = Weights::small_groups(to, wide);
     if (small_groups) {
         const int size = to.scales_dtype == DType::F32 ? 4 : 2;

@@ -45,10 +45,10 @@ struct RingArgs {
 };
 
 constexpr int RING_TILES = 2;  // of 16 rows, at a time
-// Rows of x take registers and shared memory of warps: with more of them, half as many.
+constexpr int RING_WARPS = 16;
+// More rows of x leave room for fewer slots.
 template <int TOKEN_TILES>
-constexpr int RING_WARPS = TOKEN_TILES == 1 ? 16 : 8;
-constexpr int RING_DEPTH = 3;
+constexpr int RING_DEPTH = TOKEN_TILES == 1 ? 3 : 2;
 
 // Where scales go: to a row's sums at the end, to the sums of a chunk (in fp32), or to the weights (in T).
 enum class RingScales { ROWS, SUMS, WEIGHTS };
@@ -56,8 +56,8 @@ enum class RingScales { ROWS, SUMS, WEIGHTS };
 // Weights: CHUNK columns of 16 rows, SLOT_BYTES of a slot, and how they come and are multiplied (ring_codes.h).
 template <class Weights, class T, int TOKEN_TILES>
 struct Ring {
-    static constexpr int WARPS = RING_WARPS<TOKEN_TILES>, DEPTH = RING_DEPTH, THREADS = WARPS * 32;
-    static constexpr int VALUES = RING_TILES * TOKEN_TILES * 128;  // sums of a tile
+    static constexpr int WARPS = RING_WARPS, DEPTH = RING_DEPTH<TOKEN_TILES>, THREADS = WARPS * 32;
+    static constexpr int VALUES = RING_TILES * 128, ALL_VALUES = TOKEN_TILES * VALUES;  // sums of a tile by 8 tokens
     using Sums = float[RING_TILES][TOKEN_TILES][4];
 
     const RingArgs& args;
@@ -72,7 +72,6 @@ struct Ring {
     uint8_t* const small;                    // scales and zeros of this warp
     float* const sums;                       // of this warp's group
     float* const kept;                       // in a cluster: sums of every tile
-    float* const totals;                     // of x: [chunk][8 * TOKEN_TILES tokens]
     uint8_t* const x;
     Barrier* const x_there;
     Barrier* const there;  // of this warp, by slot
@@ -98,8 +97,7 @@ struct Ring {
           sums(reinterpret_cast<float*>(shared_memory() + SLOTS + WARPS * args.small_buffers * args.small_bytes) +
                group * group_warps * VALUES),
           kept(sums + (WARPS - group * group_warps) * VALUES),
-          totals(kept + (args.split_shift ? rounds_of(args) * VALUES : 0)),
-          x(reinterpret_cast<uint8_t*>(totals + (Weights::TOTALS ? args.part * 8 * TOKEN_TILES : 0))),
+          x(reinterpret_cast<uint8_t*>(kept + (args.split_shift ? rounds_of(args) * ALL_VALUES : 0))),
           x_there(reinterpret_cast<Barrier*>(x + args.tokens * args.x_pitch)),
           there(x_there + 1 + warp * DEPTH),
           weights{args, codes, block_chunk + first_chunk, chunks} {}
@@ -114,8 +112,8 @@ struct Ring {
 
     // Of shared memory. rounds: tiles of a block in a cluster; 0 without one.
     static int64_t bytes(const RingArgs& args, int64_t rounds) {
-        return SLOTS + WARPS * args.small_buffers * args.small_bytes + (WARPS + rounds) * VALUES * int(sizeof(float)) +
-               (Weights::TOTALS ? args.part * 32 * TOKEN_TILES : 0) + int64_t(args.tokens) * args.x_pitch +
+        return SLOTS + WARPS * args.small_buffers * args.small_bytes +
+               (WARPS * VALUES + rounds * ALL_VALUES) * int(sizeof(float)) + int64_t(args.tokens) * args.x_pitch +
                (1 + WARPS * DEPTH) * int(sizeof(Barrier));
     }
 
@@ -123,16 +121,37 @@ struct Ring {
     struct Place {
         int tile, chunk, buffer;  // chunk: of this warp's
     };
+    LLMKERN_DEVICE bool there_is(const Place& place) const { return place.tile < tiles && chunks; }
+    LLMKERN_DEVICE void ask_codes(const Place& place, int slot) const {
+        weights.ask(slots + slot * Weights::SLOT_BYTES, place.tile, place.chunk, there + slot);
+    }
+    LLMKERN_DEVICE void ask_small(const Place& place) const {
+        if (place.chunk == 0) weights.ask_small(small + place.buffer * args.small_bytes, place.tile);
+    }
+    LLMKERN_DEVICE void move_on(Place& place) const {
+        if (++place.chunk < chunks) return;
+        place.chunk = 0, place.tile += tile_step;
+        if (++place.buffer == args.small_buffers) place.buffer = 0;
+    }
     LLMKERN_DEVICE void ask(Place& place, int slot) const {
-        if (place.tile < tiles && chunks) {
-            if (place.chunk == 0) weights.ask_small(small + place.buffer * args.small_bytes, place.tile);
-            weights.ask(slots + slot * Weights::SLOT_BYTES, place.tile, place.chunk, there + slot);
-            if (++place.chunk == chunks) {
-                place.chunk = 0, place.tile += tile_step;
-                if (++place.buffer == args.small_buffers) place.buffer = 0;
-            }
+        if (there_is(place)) {
+            ask_codes(place, slot);
+            ask_small(place);
+            move_on(place);
         }
         copy_async_commit();
+    }
+    // The first units: their codes before anything else.
+    LLMKERN_DEVICE Place ask_first() const {
+        Place place{first_tile, 0, 0}, again = place;
+#pragma unroll 1
+        for (int i = 0; i < DEPTH && there_is(place); i++) ask_codes(place, i), move_on(place);
+#pragma unroll 1
+        for (int i = 0; i < DEPTH; i++) {
+            if (there_is(again)) ask_small(again), move_on(again);
+            copy_async_commit();
+        }
+        return place;
     }
 
     // This block's columns of x; zeros where K ends within a chunk.
@@ -155,26 +174,27 @@ struct Ring {
 
     LLMKERN_DEVICE void sync_group() const { sync_threads(1 + group, group_warps * 32); }
 
-    // The sums of a tile, by all warps of the group.
+    // The sums of a tile, by all warps of the group, 8 tokens at a time.
     LLMKERN_DEVICE void finish(const Sums& acc, int tile, int round) const {
-        sync_group();  // nobody reads the last tile's any more
-        float* const to = sums + in_group * VALUES + lane;
 #pragma unroll
-        for (int r = 0; r < RING_TILES; r++)
+        for (int t = 0; t < TOKEN_TILES; t++) {
+            sync_group();  // nobody reads the last ones any more
+            float* const to = sums + in_group * VALUES + lane;
 #pragma unroll
-            for (int t = 0; t < TOKEN_TILES; t++)
+            for (int r = 0; r < RING_TILES; r++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) to[((r * TOKEN_TILES + t) * 4 + i) * 32] = acc[r][t][i];
-        sync_group();
+                for (int i = 0; i < 4; i++) to[(r * 4 + i) * 32] = acc[r][t][i];
+            sync_group();
 #pragma unroll 1
-        for (int at = in_group * 32 + lane; at < VALUES; at += group_warps * 32) {
-            float sum = sums[at];
+            for (int at = in_group * 32 + lane; at < VALUES; at += group_warps * 32) {
+                float sum = sums[at];
 #pragma unroll 4
-            for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
-            if (splits == 1)
-                store(sum, tile, at);
-            else
-                kept[round * VALUES + at] = sum;
+                for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
+                if (splits == 1)
+                    store(sum, tile, t * VALUES + at);
+                else
+                    kept[round * ALL_VALUES + t * VALUES + at] = sum;
+            }
         }
     }
 
@@ -183,11 +203,11 @@ struct Ring {
         sync_cluster();
         int round = 0;
         for (int tile = first_tile; tile < tiles; tile += tile_step, round++) {
-            const int part = VALUES >> args.split_shift;
+            const int part = ALL_VALUES >> args.split_shift;
             for (int at = split * part + thread(); at < (split + 1) * part; at += THREADS) {
                 float sum = 0;
 #pragma unroll 1
-                for (int rank = 0; rank < splits; rank++) sum += load_cluster(kept + round * VALUES + at, rank);
+                for (int rank = 0; rank < splits; rank++) sum += load_cluster(kept + round * ALL_VALUES + at, rank);
                 store(sum, tile, at);
             }
         }
@@ -195,7 +215,7 @@ struct Ring {
     }
 
     LLMKERN_DEVICE void store(float sum, int tile, int at) const {
-        const int from = at % 32, value = at / 32 % 4, t = at / 128 % TOKEN_TILES, r = at / 128 / TOKEN_TILES;
+        const int from = at % 32, value = at / 32 % 4, r = at / 128 % RING_TILES, t = at / VALUES;
         const int64_t row = (int64_t(tile) * RING_TILES + r) * 16 + from / 4 + value / 2 * 8;
         const int64_t token = first_token + t * 8 + from % 4 * 2 + value % 2;
         if (row >= args.out.n || token >= args.out.m) return;
@@ -208,21 +228,14 @@ struct Ring {
         if (lane < DEPTH) barrier_init(there + lane, 1);
         if (thread() == 0) barrier_init(x_there, 1);
         fence_barriers();
+        sync_block();
         weights.prefetch(first_tile);
         dependency_wait();
-        sync_block();
-        Place next{first_tile, 0, 0};
-#pragma unroll 1
-        for (int i = 0; i < DEPTH; i++) ask(next, i);
+        // x first: the copy engine does one after the other.
         ask_x();
+        Place next = ask_first();
         barrier_wait(x_there, 0);
         sync_block();
-        if (Weights::TOTALS) {
-#pragma unroll 1
-            for (int chunk = warp; chunk < block_chunks; chunk += WARPS)
-                weights.add_x(totals + chunk * 8 * TOKEN_TILES, x + chunk * Weights::CHUNK * 2);
-            sync_block();
-        }
         int slot = 0, buffer = 0, round = 0;
         uint32_t parity = 0;
 #pragma unroll 1
@@ -236,8 +249,7 @@ struct Ring {
                 barrier_wait(there + slot, parity);
                 sync_warp();  // scales that other lanes copied
                 weights.multiply(acc, slots + slot * Weights::SLOT_BYTES, rows, chunk,
-                                 x + (first_chunk + chunk) * Weights::CHUNK * 2,
-                                 totals + (first_chunk + chunk) * 8 * TOKEN_TILES);
+                                 x + (first_chunk + chunk) * Weights::CHUNK * 2);
                 sync_warp();
                 ask(next, slot);
                 if (++slot == DEPTH) slot = 0, parity ^= 1;
@@ -251,7 +263,7 @@ struct Ring {
 };
 
 template <class Weights, class T, int TOKEN_TILES>
-__global__ void __launch_bounds__(RING_WARPS<TOKEN_TILES> * 32, 1) ring_kernel(RingArgs args,
+__global__ void __launch_bounds__(RING_WARPS * 32, 1) ring_kernel(RingArgs args,
                                                                                   LLMKERN_GRID_CONSTANT TensorMap codes) {
     const Ring<Weights, T, TOKEN_TILES> ring(args, codes, block_x(), block_y(), int64_t(block_z()) * args.tokens);
     ring.run();

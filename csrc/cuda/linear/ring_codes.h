@@ -7,7 +7,7 @@
 //           tile's first unit, a row's at once: one by one each would take a sector of 32 bytes
 //
 // Where codes become numbers that are too large by the same for all (BIAS, and a row's zero), the products are made
-// with those, and the total of x times what is too much comes off their sum.
+// with those, and the total of x times what is too much comes off their sum: a product of x with ones has it.
 #pragma once
 
 #include "cuda/linear/codes.h"
@@ -69,7 +69,7 @@ struct RingCodes {
 
     LLMKERN_DEVICE void prefetch(int tile) const {
         if (lane == 0)
-            for (int d = 0; d < RING_DEPTH && d < chunks; d++)
+            for (int d = 0; d < RING_DEPTH<TOKEN_TILES> && d < chunks; d++)
                 prefetch_tile(codes, (first_chunk + d) * 64, tile * 16 * RING_TILES);
     }
 
@@ -167,29 +167,9 @@ struct RingCodes {
         }
     }
 
-    // The total of x over a chunk for each token: a product with ones.
-    LLMKERN_DEVICE void add_x(float* to, const uint8_t* x) const {
-        constexpr uint32_t ones[4] = {Magic<T>::ONE, Magic<T>::ONE, Magic<T>::ONE, Magic<T>::ONE};
-        float sums[TOKEN_TILES][4] = {};
-#pragma unroll
-        for (int p = 0; p < PIECES; p++)
-#pragma unroll
-            for (int t = 0; t < TOKEN_TILES; t++) {
-                const int token = smaller(8 * t + g, args.tokens - 1);
-                const Words4 piece = *reinterpret_cast<const Words4*>(x + token * args.x_pitch + c * LANE * 2 + p * 16);
-                mma<T>(sums[t], ones, piece.w[0], piece.w[1]);
-                mma<T>(sums[t], ones, piece.w[2], piece.w[3]);
-            }
-        if (g) return;
-#pragma unroll
-        for (int t = 0; t < TOKEN_TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) to[8 * t + 2 * c + i] = sums[t][i];
-    }
-
-    // chunk: of this warp's; x: of the chunk; totals: of x, by token.
+    // chunk: of this warp's; x: of the chunk.
     LLMKERN_DEVICE void multiply(float (&acc)[RING_TILES][TOKEN_TILES][4], const uint8_t* slot, const Rows& rows,
-                                 int chunk, const uint8_t* x, const float* totals) const {
+                                 int chunk, const uint8_t* x) const {
         Operands of;
         const int group = group_of(first_chunk + chunk), from = OF_LANES ? 0 : group - group_of(first_chunk);
 #pragma unroll
@@ -200,8 +180,8 @@ struct RingCodes {
                 if (SCALED) of.scale[r][h] = scale_of(slot, rows, r, h, group, from);
                 if (ZEROS) of.zero[r][h] = zero_of(slot, rows, r, h, group, from);
             }
-        float sums[RING_TILES][TOKEN_TILES][4] = {};
-        multiply_pieces<0>(sums, of, x);
+        float sums[RING_TILES][TOKEN_TILES][4] = {}, totals[TOKEN_TILES][4] = {};
+        multiply_pieces<0>(sums, totals, of, x);
 #pragma unroll
         for (int r = 0; r < RING_TILES; r++)
 #pragma unroll
@@ -209,7 +189,7 @@ struct RingCodes {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float sum = sums[r][t][i];
-                    if (TOTALS) sum -= (ZEROS ? BIAS + of.zero[r][i / 2] : BIAS) * totals[8 * t + 2 * c + i % 2];
+                    if (TOTALS) sum -= (ZEROS ? BIAS + of.zero[r][i / 2] : BIAS) * totals[t][i % 2];
                     acc[r][t][i] += SCALES == RingScales::SUMS ? of.scale[r][i / 2] * sum : sum;
                 }
     }
@@ -220,14 +200,21 @@ struct RingCodes {
     };
 
     template <int PIECE>
-    LLMKERN_DEVICE void multiply_pieces(float (&sums)[RING_TILES][TOKEN_TILES][4], const Operands& of,
-                                        const uint8_t* x) const {
+    LLMKERN_DEVICE void multiply_pieces(float (&sums)[RING_TILES][TOKEN_TILES][4], float (&totals)[TOKEN_TILES][4],
+                                        const Operands& of, const uint8_t* x) const {
         if constexpr (PIECE < PIECES) {
             uint32_t b[TOKEN_TILES][PIECE_WORDS][PAIRS];
             load_x<PIECE>(b, x);
 #pragma unroll
             for (int i = 0; i < PIECE_WORDS; i++) {
                 constexpr int WORD = PIECE * PIECE_WORDS;
+                if constexpr (TOTALS) {
+                    constexpr uint32_t ones[4] = {Magic<T>::ONE, Magic<T>::ONE, Magic<T>::ONE, Magic<T>::ONE};
+#pragma unroll
+                    for (int j = 0; j < PAIRS; j += 2)
+#pragma unroll
+                        for (int t = 0; t < TOKEN_TILES; t++) mma<T>(totals[t], ones, b[t][i][j], b[t][i][j + 1]);
+                }
 #pragma unroll
                 for (int r = 0; r < RING_TILES; r++) {
                     uint32_t pairs[2][PAIRS];
@@ -251,7 +238,7 @@ struct RingCodes {
                     }
                 }
             }
-            multiply_pieces<PIECE + 1>(sums, of, x);
+            multiply_pieces<PIECE + 1>(sums, totals, of, x);
         }
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmkern.ops._cuda import Gpu, Plan
 
 SHARED_BYTES = 227 * 1024
-WARPS, DEPTH = {1: 16, 2: 8}, 3  # of a block, by tiles of 8 rows of x; slots of a warp
+WARPS, DEPTHS = 16, {1: 3, 2: 2}  # of a block; slots of a warp, by tiles of 8 rows of x
 TILE_ROWS = 32
 # Multiprocessors that clusters of so many blocks can fill: a cluster is within a GPC, whose number of them is no
 # multiple of 4.
@@ -34,12 +34,12 @@ def _up(value: int, multiple: int) -> int:
 
 
 def shared_bytes(m: int, k: int, codes: Codes, splits: int, block_groups: int, rounds: int) -> int:
-    """Shared memory of a block: its part of x and its totals, slots, scales and zeros, sums; in a cluster those of every
+    """Shared memory of a block: its part of x, slots, scales and zeros, sums; in a cluster those of every
     tile (rounds).
     """
     token_tiles = 2 if m > 8 else 1
-    warps, chunks = WARPS[token_tiles], -(-k // codes.chunk)
-    part, group_warps = -(-chunks // splits), WARPS[token_tiles] // block_groups
+    depth, chunks = DEPTHS[token_tiles], -(-k // codes.chunk)
+    part, group_warps = -(-chunks // splits), WARPS // block_groups
     grouped = codes.group_size < k
     of_lanes = grouped and codes.group_size % codes.chunk != 0
     small = 0
@@ -52,14 +52,13 @@ def shared_bytes(m: int, k: int, codes: Codes, splits: int, block_groups: int, r
             scales = _up(groups * codes.scale_size + (0 if fits else 4), 16)
             scales += 0 if scales % 32 else 16
         zeros = 4 * (_up(groups + 3, 4) // 4 | 1) if codes.zeros else 0
-        small = 32 * (scales + zeros) * (1 + (-(-DEPTH // narrow) if narrow else DEPTH))
+        small = 32 * (scales + zeros) * (1 + (-(-depth // narrow) if narrow else depth))
     slot = 3072 if of_lanes else 2048
     return (
         min(m, 8 * token_tiles) * (_up(2 * part * codes.chunk, 64) + 32)
-        + part * 32 * token_tiles
-        + warps * (DEPTH * slot + small + 1024 * token_tiles)
+        + WARPS * (depth * slot + small + 1024)
         + 1024 * token_tiles * rounds
-        + 8 * (1 + warps * DEPTH)
+        + 8 * (1 + WARPS * depth)
     )
 
 
@@ -84,7 +83,7 @@ def plan(gpu: Gpu, m: int, n: int, k: int, codes: Codes) -> Plan | None:
     A group takes a tile of 32 rows at a time, and its end costs as much as a chunk: the fewest chunks for a warp.
     """
     token_tiles = 2 if m > 8 else 1
-    tiles, chunks, warps = -(-n // TILE_ROWS), -(-k // codes.chunk), WARPS[2 if m > 8 else 1]
+    tiles, chunks = -(-n // TILE_ROWS), -(-k // codes.chunk)
     plans: dict[tuple[int, int, int], Plan] = {}
     for splits, usable in CLUSTERED.items():
         if splits > chunks:
@@ -93,9 +92,9 @@ def plan(gpu: Gpu, m: int, n: int, k: int, codes: Codes) -> Plan | None:
             blocks = min(tiles, max(1, int(gpu.multiprocessors * usable) // splits))
             rounds = -(-tiles // (blocks * groups))
             kept = -(-tiles // min(tiles, gpu.multiprocessors // splits)) if splits > 1 else 0
-            if warps // groups < 2 or shared_bytes(m, k, codes, splits, groups, kept) > SHARED_BYTES:
+            if shared_bytes(m, k, codes, splits, groups, kept) > SHARED_BYTES:
                 continue
-            cost = rounds * (-(-chunks // (splits * (warps // groups))) + 1) + 4 * (splits > 1)
+            cost = rounds * (-(-chunks // (splits * (WARPS // groups))) + 1) + 4 * (splits > 1)
             plans[cost, splits, groups] = Plan(groups, token_tiles, splits)
     return plans[min(plans)] if plans else None
 
