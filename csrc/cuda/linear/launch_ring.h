@@ -27,7 +27,8 @@ void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const Tenso
         throw std::runtime_error(std::string(name) + ": no such groups of warps");
     to.split_shift = log2_of(name, plan.splits), to.group_shift = log2_of(name, WARPS / plan.row_tiles);
     to.part = (to.chunks + plan.splits - 1) / plan.splits;
-    const int most = multiprocessors(name) / plan.splits;
+    // A cluster is within a GPC, whose number of multiprocessors is no multiple of 4.
+    const int sms = multiprocessors(name), most = plan.splits <= 2 ? sms / plan.splits : plan.splits == 4 ? sms * 32 / 132 : sms * 14 / 132;
     to.blocks = int(tiles < most ? tiles : most < 1 ? 1 : most);
     to.tokens = int(l.m < 8 * TOKEN_TILES ? l.m : 8 * TOKEN_TILES);
     to.x_pitch = upto(to.part * Weights::CHUNK * 2, 64) + 32;
