@@ -73,6 +73,20 @@ def test_every_instance(
             testing.assert_within(y, *expected(case, x, bias), f"{plan}, {case}, M={m}")
 
 
+@by_op
+@pytest.mark.usefixtures("poisoned")
+def test_one_ring_for_several_tiles(
+    emulated: ModuleType, op: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of `cuda.wgmma` go from tile to tile and round and round their stages, the last one of a half of K."""
+    monkeypatch.setattr(_cuda, "codes_plan", lambda *_, **__: Plan(16, 6, 1))
+    for group_size, k in ((128, 1696), (32, 1120), (None, 2080)):
+        case = LinearCase(op, 300, k, group_size=group_size, symmetric=k == 1696)
+        x = torch.randn((130, k), generator=generator).to(BF16)
+        y = run(emulated, "wgmma", case, x, None)
+        testing.assert_within(y, *expected(case, x, None), f"{case}")
+
+
 @pytest.mark.parametrize("m", [1, 17, 33, 64, 65, 100, 130, 257])
 @by_op
 @pytest.mark.usefixtures("poisoned")
@@ -233,6 +247,16 @@ def test_one_more_row_of_x_costs_little(gpu: Gpu) -> None:
             assert after <= max(1.35 * before, before + 16), (n, k, m, before, after)
             assert after <= max(1.5 * m, m + 40), (n, k, m, after)
             assert min(more, gpu.multiprocessors) >= 0.49 * min(blocks, gpu.multiprocessors), (n, k, m, blocks, more)
+
+
+def test_large_products_leave_few_multiprocessors_idle() -> None:
+    for n, k in ((4096, 14336), (6144, 4096), (14336, 4096), (28672, 4096)):
+        for m in (1024, 2048, 4096):
+            plan = _cuda.wgmma_plan(GPU, m, n, k, 32)
+            blocks = plan.splits * -(-m // (8 * plan.token_tiles)) * -(-n // (16 * plan.row_tiles))
+            done = -(-blocks // GPU.multiprocessors) * GPU.multiprocessors
+            done *= 128 * plan.row_tiles * plan.token_tiles // plan.splits
+            assert done <= 1.1 * m * n, (n, k, m, plan, done / (m * n))
 
 
 def test_rows_yield_only_to_later_ones() -> None:

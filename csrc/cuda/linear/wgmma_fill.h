@@ -36,19 +36,22 @@ struct WgmmaCopy {
         code_steps = (rows - code_row + CODE_STEP - 1) / CODE_STEP;
     }
 
-    // ALIGNED: rows start at multiples of 16 bytes, so that a unit is whole or is not there.
+    // ALIGNED: rows start at multiples of 16 bytes, so that a unit is whole or is not there. Mostly all rows exist, and
+    // nothing is asked row by row.
     template <bool ALIGNED, class Piece, int STEPS, int TO_STEP>
     static LLMKERN_DEVICE void copy(uint8_t* to, const uint8_t* from, int64_t from_step, int steps, int bytes) {
-#pragma unroll(ALIGNED ? STEPS : 1)
-        for (int i = 0; i < STEPS; i++) {
-            if (i < steps) {
-                if (ALIGNED)
-                    copy_async_if(bytes > 0, to + i * TO_STEP, from);
-                else
-                    copy_now<Piece>(to + i * TO_STEP, from, bytes);
-            }
-            from = settle(from + from_step);
+        if (ALIGNED && steps >= STEPS) {
+#pragma unroll
+            for (int i = 0; i < STEPS; i++, from = settle(from + from_step))
+                copy_async_if(bytes > 0, to + i * TO_STEP, from);
+            return;
         }
+#pragma unroll 1
+        for (int i = 0; i < smaller(steps, STEPS); i++, from += from_step)
+            if (ALIGNED)
+                copy_async_if(bytes > 0, to + i * TO_STEP, from);
+            else
+                copy_now<Piece>(to + i * TO_STEP, from, bytes);
     }
 
     LLMKERN_DEVICE void fill(int at, int stage) {

@@ -9,7 +9,7 @@
 //   rows of x                         128    64    32
 //   tensor cores, 2048 products      1024   512   256
 //   the two warps that decode         520   520   520   of a scheduler: 260 instructions each, 225 with scales per row
-//   a warp that fills                 150   110    90   beside them
+//   a warp that fills                 110    95    85   beside them
 //   shared memory: x to wgmma         512   256   128   each warpgroup reads all of it
 //                  codes and scales   160   160   160   read by four lanes at once
 //                  what comes         208   144   112   24, 16 and 12 KiB, and scales

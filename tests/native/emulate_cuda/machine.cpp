@@ -64,16 +64,8 @@ std::unique_ptr<Fiber> make_fiber(Block& block, int thread, int rank) {
 bool land(std::vector<std::unique_ptr<Fiber>>& fibers) {
     bool any = false;
     for (auto& fiber : fibers) {
-        if (fiber->landings.empty()) continue;
-        any = true;
-        auto& block = *fiber->block;
-        block.landings++;
-        for (const auto& copy : fiber->landings.front().copies) {
-            if (!copy.done) std::memcpy(copy.to, copy.bytes, copy.size);
-            block.landed.at((copy.to - block.shared) / 16) = block.landings;
-        }
-        fiber->landings.front().arrive();
-        fiber->landings.pop_front();
+        any |= !fiber->landings.empty();
+        if (!fiber->landings.empty()) land_oldest(*fiber);
     }
     return any;
 }
@@ -115,9 +107,21 @@ void wait_until(const std::function<bool()>& ready) {
     machine.steps++;
 }
 
+void land_oldest(Fiber& fiber) {
+    auto& block = *fiber.block;
+    block.landings++;
+    for (const auto& copy : fiber.landings.front().copies) {
+        if (!copy.done) std::memcpy(copy.to, copy.bytes, copy.size);
+        block.landed.at((copy.to - block.shared) / 16) = block.landings;
+    }
+    fiber.landings.front().arrive();
+    fiber.landings.pop_front();
+}
+
 void others_first() {
-    bool back = false;
-    wait_until([&] { return std::exchange(back, true); });
+    // The second time: where this fiber came last in one round and comes first in the next, nobody has been on.
+    int back = 0;
+    wait_until([&] { return machine.steps++, back++ == 2; });
 }
 
 void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work) {

@@ -37,7 +37,7 @@ struct Copy {  // of copy_async, not done before it is waited for, or at once
     uint8_t bytes[16];
 };
 
-struct Landing {  // of copies that nobody waits for: when all others wait for something
+struct Landing {  // of copies that arrive at a barrier: at once, or not before everybody waits for something
     std::vector<Copy> copies;
     std::function<void()> arrive;
 };
@@ -80,6 +80,7 @@ struct Fiber {
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;
     std::deque<Landing> landings;
+    int left = 0;           // to barriers, landed ones too
     int fenced = 0;         // landings that products of a warpgroup can see
     bool unfenced = false;  // copies have landed that products of a warpgroup cannot see yet
     std::vector<std::vector<AsyncProduct>> product_groups;  // committed, oldest first
@@ -101,8 +102,11 @@ extern Machine machine;
 // Back to the others, until `ready`.
 void wait_until(const std::function<bool()>& ready);
 
-// Back to the others once.
+// Back to the others, who all have a turn.
 void others_first();
+
+// The oldest of the copies that a thread has left to a barrier land, and arrive.
+void land_oldest(Fiber& fiber);
 
 // Every thread of the group brings a record; the last one runs `work` on all of them. Raises when they do not come for
 // the same operation.
