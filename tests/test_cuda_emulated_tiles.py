@@ -23,7 +23,19 @@ OPS = ("int4_linear", "int8_linear")
 # Every instance, with as many rows of x as it takes and with fewer; clusters of two and of four blocks.
 PLANS = {
     "mma": [Plan(4, 4, 1), Plan(4, 3, 2), Plan(4, 1, 4), Plan(8, 8, 1), Plan(8, 5, 2), Plan(8, 6, 1), Plan(8, 7, 2)],
-    "wgmma": [Plan(8, 8, 1), Plan(8, 8, 4), Plan(8, 10, 2), Plan(8, 12, 1), Plan(8, 16, 2), Plan(16, 16, 1)],
+    "wgmma": [
+        Plan(8, 8, 1),
+        Plan(8, 8, 4),
+        Plan(8, 16, 2),
+        Plan(16, 4, 1),
+        Plan(16, 6, 2),
+        Plan(16, 8, 8),
+        Plan(16, 10, 1),
+        Plan(16, 12, 4),
+        Plan(16, 16, 1),
+        Plan(16, 16, 2),
+        Plan(16, 19, 1),
+    ],
 }
 KERNELS = tuple(PLANS)
 by_dtype = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
@@ -59,6 +71,20 @@ def test_every_instance(
             bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
             y = run(emulated, kernel, case, x, bias)
             testing.assert_within(y, *expected(case, x, bias), f"{plan}, {case}, M={m}")
+
+
+@by_op
+@pytest.mark.usefixtures("poisoned")
+def test_one_ring_for_several_tiles(
+    emulated: ModuleType, op: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of `cuda.wgmma` go from tile to tile and round and round their stages, the last one of a half of K."""
+    monkeypatch.setattr(_cuda, "codes_plan", lambda *_, **__: Plan(16, 6, 1))
+    for group_size, k in ((128, 1696), (32, 1120), (None, 2080)):
+        case = LinearCase(op, 300, k, group_size=group_size, symmetric=k == 1696)
+        x = torch.randn((130, k), generator=generator).to(BF16)
+        y = run(emulated, "wgmma", case, x, None)
+        testing.assert_within(y, *expected(case, x, None), f"{case}")
 
 
 @pytest.mark.parametrize("m", [1, 17, 33, 64, 65, 100, 130, 257])
@@ -187,7 +213,8 @@ SIZES = [(n, k) for n in (1, 100, 1024, 4096, 14336, 28672, 151936) for k in (1,
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.capability[0]}{gpu.capability[1]}")
 def test_every_size_has_a_kernel(gpu: Gpu) -> None:
-    instances = {"wgmma": {(8, 8), (8, 10), (8, 12), (8, 16), (16, 16)}, "stream": {(1, 1), (2, 1), (4, 2)}}
+    wgmma = {(8, 8), (8, 16), *((16, tiles) for tiles in _cuda.WGMMA_TOKEN_TILES)}
+    instances = {"wgmma": wgmma, "stream": {(1, 1), (2, 1), (4, 2)}}
     for n, k in SIZES:
         for m in (*range(1, 300), 1024, 4096, 100_000):
             kernel = _cuda.best(gpu, m, n, k)
@@ -222,13 +249,23 @@ def test_one_more_row_of_x_costs_little(gpu: Gpu) -> None:
             assert min(more, gpu.multiprocessors) >= 0.49 * min(blocks, gpu.multiprocessors), (n, k, m, blocks, more)
 
 
+def test_large_products_leave_few_multiprocessors_idle() -> None:
+    for n, k in ((4096, 14336), (6144, 4096), (14336, 4096), (28672, 4096)):
+        for m in (1024, 2048, 4096):
+            plan = _cuda.wgmma_plan(GPU, m, n, k, 32)
+            blocks = plan.splits * -(-m // (8 * plan.token_tiles)) * -(-n // (16 * plan.row_tiles))
+            done = -(-blocks // GPU.multiprocessors) * GPU.multiprocessors
+            done *= 128 * plan.row_tiles * plan.token_tiles // plan.splits
+            assert done <= 1.1 * m * n, (n, k, m, plan, done / (m * n))
+
+
 def test_rows_yield_only_to_later_ones() -> None:
     for m in (1, 16, 17, 32, 33, 4096):
         rows = _cuda.ORDER[: _cuda.ORDER.index("stream") + 1]  # those with x kept
         order = [kernel for kernel in rows if _cuda.yields(kernel, GPU, m, 4096, 4096) is None]
         assert order[0] == _cuda.best(GPU, m, 4096, 4096)
         assert order[-1] == "stream"
-    assert _cuda.yields("wgmma", GPU, 20, 4096, 4096) == "leaves 20 rows of x to cuda.mma"
+    assert _cuda.yields("wgmma", GPU, 12, 4096, 4096) == "leaves 12 rows of x to cuda.stream"
 
 
 @by_op
@@ -236,7 +273,7 @@ def test_the_table_asks_which_row_suits_best(op: str, monkeypatch: pytest.Monkey
     """The rows of an op on a GPU that is not there: the first one that neither refuses nor yields."""
     module = importlib.import_module(f"llmkern.ops.{op}")
     case = LinearCase(op, 64, 64)
-    for m, kernel in ((16, "stream"), (17, "mma"), (32, "mma"), (33, "wgmma")):
+    for m, kernel in ((16, "stream"), (17, "wgmma"), (33, "wgmma")):
         args: tuple[Any, ...] = case.args(torch.zeros((m, 64), dtype=BF16), None)
         first = next(row for row in _cuda.ORDER if module.cuda_yields(row, GPU, *args) is None)
         assert first == kernel

@@ -7,8 +7,9 @@
 //   barrier_wait(b, parity)  until phase `parity` is over: a phase is `arrivals` arrivals, the first one's parity is 0.
 //                            With parity 1 the wait on a fresh barrier is over at once, as if a phase had gone before.
 //
-// What wgmma shall read and ordinary instructions (cp.async among them) have written needs fence_async() by the thread
-// that wrote it, before it arrives.
+// What wgmma shall read and ordinary instructions (cp.async among them) have written needs fence_async(): by the thread
+// that wrote it before it arrives, or by those that multiply after they have waited. A thread whose copies are under
+// way leaves it to the others: a fence may wait for them.
 #pragma once
 
 #include "cuda/common/instructions.h"
@@ -37,12 +38,17 @@ LLMKERN_DEVICE void barrier_arrive_if(bool here, Barrier* barrier) {
         : "memory");
 }
 
+// As barrier_arrive by this thread, as soon as all copies that it has asked for have landed.
+LLMKERN_DEVICE void copy_async_arrive(Barrier* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+
 LLMKERN_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred over;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-        "@!over bra.uni again;\n}\n" ::"r"(shared_address(barrier)),
+        "@!over bra again;\n}\n" ::"r"(shared_address(barrier)),
         "r"(parity)
         : "memory");
 }

@@ -82,11 +82,23 @@ LLMKERN_DEVICE Words4 load_cluster(const Words4* mine, int rank) {
         : "memory");
     return v;
 }
+LLMKERN_DEVICE Floats4 load_cluster(const Floats4* mine, int rank) {
+    Floats4 v;
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
+        : "=f"(v.f[0]), "=f"(v.f[1]), "=f"(v.f[2]), "=f"(v.f[3])
+        : "r"(shared_address(mine)), "r"(rank)
+        : "memory");
+    return v;
+}
 #else
 LLMKERN_DEVICE void sync_cluster() { __syncthreads(); }
 LLMKERN_DEVICE float load_cluster(const float* mine, int) { return *mine; }
 LLMKERN_DEVICE int load_cluster(const int* mine, int) { return *mine; }
 LLMKERN_DEVICE Words4 load_cluster(const Words4* mine, int) { return *mine; }
+LLMKERN_DEVICE Floats4 load_cluster(const Floats4* mine, int) { return *mine; }
 #endif
 
 // With Grid::overlap: until all that earlier kernels of the stream wrote is there to be read. Before it a kernel may
@@ -255,9 +267,14 @@ LLMKERN_DEVICE float settle(float value) {
     asm volatile("" : "+f"(value));
     return value;
 }
-LLMKERN_DEVICE int settle(int value) {
+LLMKERN_DEVICE uint32_t settle(uint32_t value) {
     asm volatile("" : "+r"(value));
     return value;
+}
+// The same for a pointer: adding to the last one takes less than a product for each.
+LLMKERN_DEVICE const uint8_t* settle(const uint8_t* pointer) {
+    asm volatile("" : "+l"(pointer));
+    return pointer;
 }
 LLMKERN_DEVICE float absolute(float value) { return fabsf(value); }
 

@@ -30,6 +30,13 @@ inline int major(const char* kernel) {
     return found;
 }
 
+inline int multiprocessors(const char* kernel) {
+    int device, found;
+    check(kernel, cudaGetDevice(&device));
+    check(kernel, cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device));
+    return found;
+}
+
 // In the order of `stream`, without waiting for it.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, void* stream,

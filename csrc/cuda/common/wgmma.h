@@ -41,17 +41,22 @@ LLMKERN_DEVICE void wgmma(float (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
 // The operands of an instruction by number, and what they are: d's first, then a's, then b's.
 #define LLMKERN_TEN(t) \
     "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define LLMKERN_D16 LLMKERN_TEN() ", %10, %11, %12, %13, %14, %15"
+#define LLMKERN_D24 LLMKERN_TEN() ", " LLMKERN_TEN(1) ", %20, %21, %22, %23"
 #define LLMKERN_D32 LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", %30, %31"
 #define LLMKERN_D40 LLMKERN_TEN() ", " LLMKERN_TEN(1) ", " LLMKERN_TEN(2) ", " LLMKERN_TEN(3)
 #define LLMKERN_D48 LLMKERN_D40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define LLMKERN_D64 LLMKERN_D40 ", " LLMKERN_TEN(4) ", " LLMKERN_TEN(5) ", %60, %61, %62, %63"
+#define LLMKERN_D76 \
+    LLMKERN_D40 ", " LLMKERN_TEN(4) ", " LLMKERN_TEN(5) ", " LLMKERN_TEN(6) ", %70, %71, %72, %73, %74, %75"
 #define LLMKERN_SUM(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
-#define LLMKERN_SUMS8                                                                                               \
-    LLMKERN_SUM(0), LLMKERN_SUM(1), LLMKERN_SUM(2), LLMKERN_SUM(3), LLMKERN_SUM(4), LLMKERN_SUM(5), LLMKERN_SUM(6), \
-        LLMKERN_SUM(7)
+#define LLMKERN_SUMS4 LLMKERN_SUM(0), LLMKERN_SUM(1), LLMKERN_SUM(2), LLMKERN_SUM(3)
+#define LLMKERN_SUMS6 LLMKERN_SUMS4, LLMKERN_SUM(4), LLMKERN_SUM(5)
+#define LLMKERN_SUMS8 LLMKERN_SUMS6, LLMKERN_SUM(6), LLMKERN_SUM(7)
 #define LLMKERN_SUMS10 LLMKERN_SUMS8, LLMKERN_SUM(8), LLMKERN_SUM(9)
 #define LLMKERN_SUMS12 LLMKERN_SUMS10, LLMKERN_SUM(10), LLMKERN_SUM(11)
 #define LLMKERN_SUMS16 LLMKERN_SUMS12, LLMKERN_SUM(12), LLMKERN_SUM(13), LLMKERN_SUM(14), LLMKERN_SUM(15)
+#define LLMKERN_SUMS19 LLMKERN_SUMS16, LLMKERN_SUM(16), LLMKERN_SUM(17), LLMKERN_SUM(18)
 
 // Both forms of one shape for one type: d += (1 x) a (1 x) b, b not transposed. `registers` of d, in `tiles` tiles.
 #define LLMKERN_WGMMA_TYPE(T, type, tokens, tiles, registers, a0, a1, a2, a3, b0)                         \
@@ -73,10 +78,13 @@ LLMKERN_DEVICE void wgmma(float (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
     LLMKERN_WGMMA_TYPE(Bf16, "bf16", __VA_ARGS__) \
     LLMKERN_WGMMA_TYPE(F16, "f16", __VA_ARGS__)
 
+LLMKERN_WGMMA(32, 4, 16, 16, 17, 18, 19, 20)
+LLMKERN_WGMMA(48, 6, 24, 24, 25, 26, 27, 28)
 LLMKERN_WGMMA(64, 8, 32, 32, 33, 34, 35, 36)
 LLMKERN_WGMMA(80, 10, 40, 40, 41, 42, 43, 44)
 LLMKERN_WGMMA(96, 12, 48, 48, 49, 50, 51, 52)
 LLMKERN_WGMMA(128, 16, 64, 64, 65, 66, 67, 68)
+LLMKERN_WGMMA(152, 19, 76, 76, 77, 78, 79, 80)
 
 #undef LLMKERN_WGMMA
 #undef LLMKERN_WGMMA_TYPE

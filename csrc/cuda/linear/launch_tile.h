@@ -1,4 +1,4 @@
-// From an op's arguments to one of the instances of tile_kernel or wgmma_kernel. The Python side (ops/_cuda.py) chooses
+// From an op's arguments to one of the instances of tile_kernel. The Python side (ops/_cuda.py) chooses
 // the sizes and has checked the tensors.
 #pragma once
 

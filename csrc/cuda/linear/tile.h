@@ -21,7 +21,7 @@ struct Tile {
     static constexpr int ROWS = ROW_WARPS * ROW_TILES * 16, TOKENS = TOKEN_TILES * 8;
     static constexpr int THREADS = ROW_WARPS * PARTS * 32;
     static constexpr int LANE_WORDS = TILE_COLUMNS / Format::LANE_COLUMNS, UNIT_WORDS = LANE_WORDS / 2;
-    using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, STAGES, STAGES - 1, THREADS>;
+    using Feed = TileFeed<Format, T, ROWS, TOKENS, PARTS, STAGES, THREADS>;
     using Store = TileStore<T, ROWS, PARTS, THREADS>;
     static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
     // Two blocks, if shared memory of sm_80 takes them: registers for three would spill.
@@ -96,7 +96,7 @@ struct Tile {
         const int tiles = (feed.tokens + 7) / 8;
         feed.start();
         for (int stage = feed.first; stage < feed.last; stage++) {
-            feed.arrive(stage, [] {});
+            feed.arrive(stage);
             feed.ask(stage);
             if (tiles <= FEW)
                 multiply<FEW>(feed, stage);

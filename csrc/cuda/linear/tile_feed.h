@@ -72,16 +72,16 @@ struct alignas(8) TileScale {
     uint32_t scale, offset;
 };
 
-// AHEAD: stages under way while one is used. With STAGES - 1, all that reads a stage must be done when the next
-// `arrive` begins; with STAGES - 2, when the one after it does. Scales need places for as long.
-template <class Format, class T, int ROWS, int TOKENS, int PARTS, int STAGES, int AHEAD, int THREADS>
+// All that reads a stage must be done when the next `arrive` begins.
+template <class Format, class T, int ROWS, int TOKENS, int PARTS, int STAGES, int THREADS>
 struct TileFeed {
+    static constexpr int AHEAD = STAGES - 1;           // stages under way while one is used
     static constexpr int LANE = Format::LANE_COLUMNS;  // of 16 bytes of codes; groups are multiples of it
     static constexpr int CODE_UNITS = TILE_COLUMNS / LANE, SLOTS = CODE_UNITS, PITCH = CODE_UNITS * 16;
     static constexpr int X_BYTES = TOKENS * TILE_ROW_BYTES, PART_BYTES = X_BYTES + ROWS * PITCH;
     static constexpr int STAGE_BYTES = PARTS * PART_BYTES;
     static constexpr int STAGE_SCALES = PARTS * ROWS * SLOTS;
-    static constexpr int PLACES = STAGES - AHEAD + 1;
+    static constexpr int PLACES = 2;  // for scales: of the stage in use and of the next
     static constexpr int BYTES = STAGES * STAGE_BYTES + PLACES * STAGE_SCALES * int(sizeof(TileScale));
     static constexpr int HELD = (STAGE_SCALES + THREADS - 1) / THREADS;
     static_assert(PART_BYTES % 1024 == 0, "a tile of x must start at a multiple of 1024 bytes");
@@ -251,12 +251,10 @@ struct TileFeed {
         load_scales(first);
     }
 
-    // Returns when `stage` is there for all threads. `fence` comes after a thread's own copies have landed.
-    template <class Fence>
-    LLMKERN_DEVICE void arrive(int stage, Fence fence) const {
+    // Returns when `stage` is there for all threads.
+    LLMKERN_DEVICE void arrive(int stage) const {
         store_scales(stage);
         copy_async_wait<AHEAD - 1>();
-        fence();
         sync_block();
     }
 

@@ -1,109 +1,196 @@
-// Many rows of x with wgmma (sm_90a): a warpgroup multiplies ROW_TILES * 64 rows of w, decoded to registers, with
-// TOKENS rows of x in shared memory. While the tensor cores do one step (16 columns of K), the next one is decoded.
+// Many rows of x with wgmma (sm_90a). Two warpgroups multiply ROW_TILES * 64 rows of w each, decoded to registers, with
+// TOKENS rows of x in shared memory; the warps of a third one fill stages of K for them (wgmma_fill.h). While the
+// tensor cores do one step (16 columns of K), the next one is decoded.
 //
-// A block has two warpgroups. Lane c of four needs the columns 2c, 2c + 1 of each unit of 8, so all four read the same
-// codes, and each takes its own byte (int4) or two (int8). For 256 rows and 128 rows of x a step is 4 instructions of
-// 64 clocks; in these 256 clocks shared memory gives x 4 times (128 clocks of 128 bytes) and the codes (at most 64),
-// and takes what comes from L2: 4 KiB of x, 2 KiB of int4 codes (48). From L2, 24 bytes in a clock.
+// Lane c of four needs the columns 2c, 2c + 1 of each unit of 8, so all four read the same codes, and each takes its
+// own byte (int4) or two (int8). What bounds a stage of 64 columns with 256 rows of w (int4), in clocks of a
+// multiprocessor, whose shared memory moves 128 bytes in one and whose four schedulers issue an instruction each:
+//
+//   rows of x                         128    64    32
+//   tensor cores, 2048 products      1024   512   256
+//   the two warps that decode         520   520   520   of a scheduler: 260 instructions each, 225 with scales per row
+//   a warp that fills                 150   110    90   beside them
+//   shared memory: x to wgmma         512   256   128   each warpgroup reads all of it
+//                  codes and scales   160   160   160   read by four lanes at once
+//                  what comes         208   144   112   24, 16 and 12 KiB, and scales
+//   24 bytes in a clock from L2      1024   683   512   what all multiprocessors get at once
+//
+// So 128 rows of x and more wait for the tensor cores; up to 64 the instructions and memory are about even. With 64
+// rows of x ten stages fit, 160 KiB, all of which are asked for as soon as there is room.
 #pragma once
 
-#include "cuda/common/wgmma.h"
-#include "cuda/linear/tile_feed.h"
+#include "cuda/linear/wgmma_fill.h"
+#include "cuda/linear/wgmma_store.h"
 
 namespace llmkern::cuda {
 
+enum class Scaling { ROW, STAGE, UNIT };  // a scale for: a row, in the end; 64 columns of it; 16 bytes of its codes
+
 template <class Format, class T, int ROW_TILES, int TOKENS>
 struct WgmmaTile {
-    static constexpr int ROWS = ROW_TILES * 128, THREADS = 256, STEPS = TILE_COLUMNS / 16;
+    using Ring = WgmmaRing<Format, T, ROW_TILES, TOKENS>;
+    static constexpr int STEPS = TILE_COLUMNS / 16;
     static constexpr bool INT4 = Format::LANE_COLUMNS == 32;
-    // Small tiles leave room for a second block, which multiplies while the first one waits for its stage.
-    static constexpr int BLOCKS = ROW_TILES == 1 ? 2 : 1, BUDGET = (ROW_TILES == 1 ? 112 : 224) * 1024;
-    static constexpr int CODE_BYTES = TILE_COLUMNS / Format::LANE_COLUMNS * 16;
-    static constexpr int SCALES = 3 * ROWS * (TILE_COLUMNS / Format::LANE_COLUMNS) * int(sizeof(TileScale));
-    static constexpr int FIT = (BUDGET - SCALES) / (TOKENS * TILE_ROW_BYTES + ROWS * CODE_BYTES);
-    static constexpr int STAGES = FIT < 8 ? FIT : 8;
-    static_assert(STAGES >= 4, "too little under way");
-    // Threads wait for a stage while the one before it is still multiplied.
-    using Feed = TileFeed<Format, T, ROWS, TOKENS, 1, STAGES, STAGES - 2, THREADS>;
-    using Store = TileStore<T, ROWS, 1, THREADS>;
-    static constexpr int BYTES = Feed::BYTES > Store::BYTES ? Feed::BYTES : Store::BYTES;
-    static_assert(BLOCKS * (BYTES + 1024) <= 228 * 1024, "more than a multiprocessor has");
+    static constexpr int UNIT_STEPS = INT4 ? 2 : 1;  // of 16 bytes of codes
+    using Whole = WgmmaStore<T, Ring, Ring::STORE_TILES, false>;
+    using Divided = WgmmaStore<T, Ring, 8, true>;
+    static_assert(Whole::BYTES <= Ring::STORE_BYTES && Divided::BYTES <= Ring::STAGES * Ring::STAGE_BYTES, "");
     using Left = uint32_t[ROW_TILES][4];
 
-    const TileArgs& args;
+    const WgmmaArgs& all;
+    const TileArgs& args = all.tile;
     const int g = thread() % 32 / 4, c = thread() % 4;
     const int warpgroup = thread() / 128, warp = thread() / 32 % 4;
     const uint32_t selector = Format::neighbour_selector(c % Format::PAIRS);
-    float acc[ROW_TILES][TOKENS / 8][4] = {};
-    Words4 words[ROW_TILES][2];  // int4: of two steps
+    uint32_t codes_at[Ring::UNITS];  // of this lane's row, in a stage
+    float acc[ROW_TILES][TOKENS / 8][4];
+    uint32_t words[ROW_TILES][2][2];  // of a step
     TileScale scales[ROW_TILES][2];
 
-    explicit LLMKERN_DEVICE WgmmaTile(const TileArgs& args) : args(args) {}
+    explicit LLMKERN_DEVICE WgmmaTile(const WgmmaArgs& args) : all(args) {
+#pragma unroll
+        for (int unit = 0; unit < Ring::UNITS; unit++)
+            codes_at[unit] = settle(uint32_t(Ring::code_unit(row_of(0) + g, unit) + (INT4 ? 0 : c / 2 * 4)));
+    }
 
     LLMKERN_DEVICE int row_of(int r) const { return (warpgroup * ROW_TILES + r) * 64 + warp * 16; }
 
-    LLMKERN_DEVICE void decode(Left& left, const Feed& feed, int stage, int step) {
+    LLMKERN_DEVICE void fetch_scales(int at, int slot) {
+        const TileScale* const from = Ring::scales(at) + slot * Ring::ROWS + g;
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) scales[r][h] = from[row_of(r) + 8 * h];
+    }
+
+    // From shared memory, what the decoding of a step needs.
+    template <Scaling SCALING>
+    LLMKERN_DEVICE void fetch(int at, int step) {
+        if (SCALING == Scaling::STAGE ? step == 0 : SCALING == Scaling::UNIT && step % UNIT_STEPS == 0)
+            fetch_scales(at, step / UNIT_STEPS);
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int row = row_of(r) + 8 * h + g;
-                if (step == 0 || (!feed.wide && step * 16 % Format::LANE_COLUMNS == 0))
-                    scales[r][h] = feed.scale_of(stage, 0, row, step * 16);
-                const uint8_t* const at = feed.codes(stage, 0) + Feed::code_unit(row, INT4 ? step / 2 : step);
-                uint32_t unit[2];
+                const uint8_t* const from =
+                    Ring::codes(at) + codes_at[step / UNIT_STEPS] + (r * 64 + h * 8) * Ring::PITCH;
                 if (INT4) {
-                    if (step % 2 == 0) words[r][h] = *reinterpret_cast<const Words4*>(at);
-                    unit[0] = words[r][h].w[step % 2 * 2], unit[1] = words[r][h].w[step % 2 * 2 + 1];
+                    const Words2 both = reinterpret_cast<const Words2*>(from)[step % 2];
+                    words[r][h][0] = both.w[0], words[r][h][1] = both.w[1];
                 } else {
-                    const uint32_t* const step_words = reinterpret_cast<const uint32_t*>(at) + c / 2;
-                    unit[0] = step_words[0], unit[1] = step_words[2];
-                }
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t pair = Format::template neighbours<T>(unit[i], selector, scales[r][h].offset);
-                    left[r][2 * i + h] = fma2<T>(pair, scales[r][h].scale, MINUS_ZERO);
+                    const uint32_t* const mine = reinterpret_cast<const uint32_t*>(from);
+                    words[r][h][0] = mine[0], words[r][h][1] = mine[2];
                 }
             }
     }
 
-    LLMKERN_DEVICE void run(int64_t first_row, int64_t first_token, int split) {
-        Feed feed(args, first_row, first_token, split);
-        const auto fence = [] { fence_async(); };
+    template <Scaling SCALING>
+    LLMKERN_DEVICE void decode(Left& left) const {
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t pair = Format::template neighbours<T>(words[r][h][i], selector, scales[r][h].offset);
+                    left[r][2 * i + h] = SCALING == Scaling::ROW ? pair : fma2<T>(pair, scales[r][h].scale, MINUS_ZERO);
+                }
+    }
+
+    static LLMKERN_DEVICE void wait_full(const typename Ring::Cursor& stage) {
+        stage.wait_full();
+        fence_async();
+    }
+
+    template <Scaling SCALING>
+    LLMKERN_DEVICE void multiply(const WgmmaPart& part, typename Ring::Cursor& next) {
         Left left[2];  // of the step under way, of the next one
-        feed.start();
-        if (feed.first < feed.last) {
-            feed.arrive(feed.first, fence);
-            decode(left[0], feed, feed.first, 0);
-        }
-        for (int stage = feed.first; stage < feed.last; stage++) {
+        int at = next.at;
+        wait_full(next);
+        if (SCALING == Scaling::ROW) fetch_scales(at, 0);
+        fetch<SCALING>(at, 0);
+        decode<SCALING>(left[0]);
+        for (int stage = part.first; stage < part.last; stage++) {
+            const uint8_t* const x = Ring::x(next.at);
+            const int before = at;
+            at = next.at;
+            next.next();
+            const bool more = stage + 1 < part.last;
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                const uint64_t x = describe(feed.x(stage, 0), step * 32);
+                if (step + 1 < STEPS) {
+                    fetch<SCALING>(at, step + 1);
+                } else if (more) {
+                    wait_full(next);
+                    fetch<SCALING>(next.at, 0);
+                }
+                const uint64_t right = describe(x, step * 32);
                 wgmma_fence();
 #pragma unroll
-                for (int r = 0; r < ROW_TILES; r++) wgmma<T, TOKENS>(acc[r], left[step % 2][r], x);
+                for (int r = 0; r < ROW_TILES; r++) wgmma<T, TOKENS>(acc[r], left[step % 2][r], right);
                 wgmma_commit();
-                // Behind the products of a step: what the stage after the next ones needs, and the wait for the next.
-                if (step == 0) feed.ask(stage);
-                if (step == STEPS - 2 && stage + 1 < feed.last) feed.arrive(stage + 1, fence);
                 wgmma_wait<1>();  // the step before, whose registers are free now
-                if (step + 1 < STEPS)
-                    decode(left[(step + 1) % 2], feed, stage, step + 1);
-                else if (stage + 1 < feed.last)
-                    decode(left[0], feed, stage + 1, 0);
+                if (step == 0 && stage > part.first) Ring::arrive(Ring::empty(before));
+                if (step + 1 < STEPS || more) decode<SCALING>(left[(step + 1) % 2]);
             }
         }
         wgmma_wait<0>();
-        Store::run(acc, args, first_row, first_token, feed.tokens, split, 0, [this](int r) { return row_of(r); });
+        Ring::arrive(Ring::empty(at));
+    }
+
+    LLMKERN_DEVICE void run(int split) {
+        const auto row_of_tile = [this](int r) { return row_of(r); };
+        typename Ring::Cursor next;
+        for (int tile = block_x(); tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
+            const auto part = WgmmaPart::of<Ring::ROWS, TOKENS>(all, tile, split);
+#pragma unroll
+            for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+                for (int t = 0; t < TOKENS / 8; t++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) acc[r][t][i] = 0;
+            const int row = part.first_row + thread();
+            float of_row[2] = {1, 0};
+            if (thread() < Ring::ROWS && row < args.out.n) {
+                of_row[0] = row_factor<T>(args, row);
+                if (args.out.bias) of_row[1] = load_float(args.out.bias, row, args.out.bias_dtype);
+            }
+            if (part.first < part.last) {
+                if (args.groups <= 1)
+                    multiply<Scaling::ROW>(part, next);
+                else if (Ring::one_scale(args))
+                    multiply<Scaling::STAGE>(part, next);
+                else
+                    multiply<Scaling::UNIT>(part, next);
+            }
+            if (args.splits > 1)  // the only tile: the stages have been used
+                Divided::run(acc, reinterpret_cast<float*>(Ring::x(0)), args, part, split, of_row, row_of_tile);
+            else
+                Whole::run(acc, Ring::store_place(), args, part, 0, of_row, row_of_tile);
+        }
     }
 };
 
-template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS) wgmma_kernel(TileArgs args) {
+template <class Format, class T, int ROW_TILES, int TOKENS>
+__global__ void __launch_bounds__(384, 1) wgmma_kernel(WgmmaArgs args) {
 #if LLMKERN_HAS_WGMMA
-    Tile tile(args);
-    tile.run(int64_t(block_x()) * Tile::ROWS, int64_t(block_z()) * args.tokens, block_y());
+    using Tile = WgmmaTile<Format, T, ROW_TILES, TOKENS>;
+    using Ring = typename Tile::Ring;
+    static_assert(Ring::THREADS == 384, "");
+    using Copy = WgmmaCopy<Ring>;
+    using Scales = WgmmaScales<Ring, Format, T>;
+    Ring::init(Copy::THREADS + Scales::THREADS / 32);
+    dependency_wait();
+    if (thread() < Ring::USERS) {
+        more_registers<224>();
+        Tile(args).run(block_y());
+    } else {
+        fewer_registers<56>();
+        if (thread() / 64 % 2 == 0)
+            Copy(args.tile).run(args, block_y());
+        else
+            Scales(args.tile).run(args, block_y());
+    }
 #endif
 }
 

@@ -28,7 +28,7 @@ ORDER = (
 )  # of the rows; which of them runs, `best` says
 OLDEST = dict.fromkeys(ORDER, (8, 0)) | {"wgmma": (9, 0), "wgmma_int8": (9, 0)}  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
-WGMMA_TOKEN_TILES = (8, 10, 12, 16)  # csrc/cuda/linear/launch_wgmma.h
+WGMMA_TOKEN_TILES = (4, 6, 8, 10, 12, 16, 19)  # with 16 row tiles, csrc/cuda/linear/launch_wgmma.h
 
 
 class Gpu(NamedTuple):
@@ -108,14 +108,33 @@ def mma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     return Plan(row_tiles, token_tiles, _idle(gpu, blocks if row_tiles == 8 else blocks // 2, k // (4 * columns)))
 
 
-def wgmma_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
-    """Sizes of `cuda.wgmma`: 128 rows of w by some of x, or 256 by 128 where that takes no more rounds of blocks."""
-    token_blocks = -(-m // 128)
-    token_tiles = next(tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles * token_blocks)
-    small, large = _blocks(n, 8) * token_blocks, _blocks(n, 16) * token_blocks
-    if token_tiles == 16 and 2 * -(-large // gpu.multiprocessors) <= -(-small // gpu.multiprocessors):
-        return Plan(16, token_tiles, 1)
-    return Plan(8, token_tiles, _idle(gpu, small, k // 512))
+def wgmma_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
+    """Sizes of `cuda.wgmma`: those that need the fewest clocks, see `_wgmma_clocks`.
+
+    Blocks of 256 rows of w, or of 128 where there are not enough of the others; the smallest for the rows of x where
+    one block takes them all, so that a row more costs a little more.
+    """
+    few = next((tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles), 0)
+    sizes = [(16, few)] if few else [(16, tiles) for tiles in WGMMA_TOKEN_TILES if tiles >= 8]
+    sizes += [(8, tiles) for tiles in (8, 16) if tiles >= few]
+    plans = [Plan(*size, splits) for size in sizes for splits in (1, 2, 4, 8) if splits == 1 or 256 * splits <= k]
+    return min(plans, key=lambda plan: _wgmma_clocks(gpu, plan, m, n, k, 1024 // lane_columns))
+
+
+def _wgmma_clocks(gpu: Gpu, plan: Plan, m: int, n: int, k: int, row_bytes: int) -> float:
+    """About how long `cuda.wgmma` takes. row_bytes: of 64 columns of a row of w.
+
+    A stage of 64 columns waits for the tensor cores (2048 products in a clock), the instructions that decode it, or
+    L2, which gives every multiprocessor 24 bytes in a clock, and a few of them up to 40. Blocks that divide K pass all
+    sums through shared memory, to and fro.
+    """
+    rows, tokens = 16 * plan.row_tiles, 8 * plan.token_tiles
+    tiles = -(-n // rows) * -(-m // tokens)
+    busy = min(tiles * plan.splits, gpu.multiprocessors)
+    received = min(40.0, 24.0 * gpu.multiprocessors / busy)
+    stage = max(rows * tokens / 32, 2 * rows + tokens, (128 * tokens + row_bytes * rows) / received)
+    end = 500 + rows * tokens * (1 / 4 if plan.splits > 1 else 1 / 16)
+    return -(-tiles * plan.splits // gpu.multiprocessors) * (-(-k // (64 * plan.splits)) * stage + end)
 
 
 def _blocks(n: int, row_tiles: int) -> int:
@@ -141,18 +160,18 @@ def codes_plan(kernel: str, gpu: Gpu, m: int, n: int, k: int, lane_columns: int)
     m = max(m, 1)
     if kernel == "stream":
         return stream_plan(gpu, m, n, k, lane_columns)
-    return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k)
+    return mma_plan(gpu, m, n, k) if kernel == "mma" else wgmma_plan(gpu, m, n, k, lane_columns)
 
 
 def best(gpu: Gpu, m: int, n: int, k: int) -> str:
     """Which kernel suits a product with M rows of x kept as they are and int4 or int8 weights.
 
-    Up to 16 rows every weight is used in one product as soon as it arrives. Up to 32, products of a warp keep up with
-    memory; from there on those of a warpgroup are needed, which take 64 rows of x in the time of reading int4 weights.
+    Up to 16 rows every weight is used in one product as soon as it arrives. From there on products of a warpgroup are
+    needed to keep up with memory, where there are any: they take 64 rows of x in the time of reading int4 weights.
     """
     if m <= 16:
         return "stream"
-    return "wgmma" if gpu.capability[0] == 9 and m > 32 else "mma"
+    return "wgmma" if gpu.capability[0] == 9 else "mma"
 
 
 def best_integer(gpu: Gpu, m: int) -> str:

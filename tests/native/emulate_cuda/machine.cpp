@@ -29,7 +29,7 @@ void enter() {
     Fiber* const me = machine.current;
     try {
         (*kernel_body)();
-        bool waited = me->open.empty();
+        bool waited = me->open.empty() && me->landings.empty();
         for (const auto& group : me->groups) waited = waited && group.empty();
         // What nobody waited for may land when the memory is another block's.
         if (!waited) throw std::runtime_error("a thread ended with asynchronous copies that it never waited for");
@@ -60,6 +60,16 @@ std::unique_ptr<Fiber> make_fiber(Block& block, int thread, int rank) {
     return fiber;
 }
 
+// The oldest copies of every thread that has left them to a barrier. False: there are none.
+bool land(std::vector<std::unique_ptr<Fiber>>& fibers) {
+    bool any = false;
+    for (auto& fiber : fibers) {
+        any |= !fiber->landings.empty();
+        if (!fiber->landings.empty()) land_oldest(*fiber);
+    }
+    return any;
+}
+
 void run_fibers(std::vector<std::unique_ptr<Fiber>>& fibers) {
     // Every other round in reverse, so that what works only in one order of warps shows.
     for (bool reverse = false;; reverse = !reverse) {
@@ -74,7 +84,7 @@ void run_fibers(std::vector<std::unique_ptr<Fiber>>& fibers) {
             if (failure) std::rethrow_exception(failure);
         }
         if (!running) return;
-        if (machine.steps == before) throw std::runtime_error("deadlock: every thread waits");
+        if (machine.steps == before && !land(fibers)) throw std::runtime_error("deadlock: every thread waits");
     }
 }
 
@@ -86,6 +96,7 @@ Block::Block(Index index, int threads, size_t shared_bytes)
       warps((threads + LANES - 1) / LANES, Group(LANES)),
       warpgroups((threads + 4 * LANES - 1) / (4 * LANES), Group(4 * LANES)),
       all(threads),
+      landed(memory.size() / 16),
       running(threads) {
     shared = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024) % 1024;
 }
@@ -96,9 +107,21 @@ void wait_until(const std::function<bool()>& ready) {
     machine.steps++;
 }
 
+void land_oldest(Fiber& fiber) {
+    auto& block = *fiber.block;
+    block.landings++;
+    for (const auto& copy : fiber.landings.front().copies) {
+        if (!copy.done) std::memcpy(copy.to, copy.bytes, copy.size);
+        block.landed.at((copy.to - block.shared) / 16) = block.landings;
+    }
+    fiber.landings.front().arrive();
+    fiber.landings.pop_front();
+}
+
 void others_first() {
-    bool back = false;
-    wait_until([&] { return std::exchange(back, true); });
+    // The second time: where this fiber came last in one round and comes first in the next, nobody has been on.
+    int back = 0;
+    wait_until([&] { return machine.steps++, back++ == 2; });
 }
 
 void meet(Group& group, int place, const char* operation, void* record, const std::function<void(void* const*)>& work) {

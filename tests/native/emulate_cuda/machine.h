@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -29,10 +30,16 @@ struct Group {  // threads that meet: a warp, four warps, a block, a cluster
     std::vector<void*> records;
 };
 
-struct Copy {     // of copy_async, not done before it is waited for
-    uint8_t* to;  // null: it is
+struct Copy {  // of copy_async, not done before it is waited for, or at once
+    uint8_t* to;
+    bool done;
     int size;
     uint8_t bytes[16];
+};
+
+struct Landing {  // of copies that arrive at a barrier: at once, or not before everybody waits for something
+    std::vector<Copy> copies;
+    std::function<void()> arrive;
 };
 
 struct AsyncProduct {  // of a warpgroup (wgmma.h), not done before it is waited for
@@ -56,6 +63,9 @@ struct Block {
     std::vector<Group> warps, warpgroups;
     Group all;
     std::unique_ptr<Group> named[16];  // sync_threads, by number
+    // How many landings there were, in all and until that of every 16 bytes.
+    int landings = 0;
+    std::vector<int> landed;
     int running;
     Block(Index index, int threads, size_t shared_bytes);
 };
@@ -69,6 +79,9 @@ struct Fiber {
     bool done = false;
     std::vector<std::vector<Copy>> groups;  // committed, oldest first
     std::vector<Copy> open;
+    std::deque<Landing> landings;
+    int left = 0;           // to barriers, landed ones too
+    int fenced = 0;         // landings that products of a warpgroup can see
     bool unfenced = false;  // copies have landed that products of a warpgroup cannot see yet
     std::vector<std::vector<AsyncProduct>> product_groups;  // committed, oldest first
     std::vector<AsyncProduct> open_products;
@@ -89,8 +102,11 @@ extern Machine machine;
 // Back to the others, until `ready`.
 void wait_until(const std::function<bool()>& ready);
 
-// Back to the others once.
+// Back to the others, who all have a turn.
 void others_first();
+
+// The oldest of the copies that a thread has left to a barrier land, and arrive.
+void land_oldest(Fiber& fiber);
 
 // Every thread of the group brings a record; the last one runs `work` on all of them. Raises when they do not come for
 // the same operation.

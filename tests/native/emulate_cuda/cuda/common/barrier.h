@@ -31,11 +31,15 @@ inline void turn_barrier(Barrier* barrier) {
     barrier->phase++;
 }
 
-inline void barrier_arrive(Barrier* barrier) {
+inline void count_arrival(Barrier* barrier) {
     check_barrier(barrier);
     if (barrier->missing == 0) throw std::runtime_error("more arrivals at a barrier than it is for");
     barrier->missing--;
     turn_barrier(barrier);
+}
+
+inline void barrier_arrive(Barrier* barrier) {
+    count_arrival(barrier);
     emulated::others_first();
 }
 
@@ -53,6 +57,18 @@ inline void land_tiles(Barrier* barrier) {
 
 inline void barrier_arrive_if(bool here, Barrier* barrier) {
     if (here) barrier_arrive(barrier);
+}
+
+inline void copy_async_arrive(Barrier* barrier) {
+    auto& fiber = *machine.current;
+    if (!fiber.groups.empty())
+        throw std::runtime_error("copy_async_arrive: beside copies in groups it is not emulated");
+    check_barrier(barrier);
+    fiber.landings.push_back({std::move(fiber.open), [barrier] { count_arrival(barrier); }});
+    fiber.open.clear();
+    // Four land late, four at once, and so on.
+    if (fiber.left++ / 4 % 2)
+        while (!fiber.landings.empty()) emulated::land_oldest(fiber);
 }
 
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {

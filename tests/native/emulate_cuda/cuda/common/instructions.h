@@ -122,10 +122,10 @@ template <int SIZE>
 void copy_in_background(void* to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % SIZE || reinterpret_cast<uintptr_t>(to) % SIZE || bytes < 0 || bytes > SIZE)
         throw std::runtime_error("copy_async: misaligned, or more bytes than it copies");
-    emulated::Copy copy{static_cast<uint8_t*>(to), SIZE, {}};
-    if (bytes) std::memcpy(copy.bytes, from, bytes);
     // Every other warp's copies land at once, so that what is overwritten too early shows too.
-    if (thread() / emulated::LANES % 2) std::memcpy(std::exchange(copy.to, nullptr), copy.bytes, copy.size);
+    emulated::Copy copy{static_cast<uint8_t*>(to), thread() / emulated::LANES % 2 != 0, SIZE, {}};
+    if (bytes) std::memcpy(copy.bytes, from, bytes);
+    if (copy.done) std::memcpy(to, copy.bytes, SIZE);
     machine.current->open.push_back(copy);
 }
 inline void copy_async(void* to, const void* from, int bytes) { copy_in_background<16>(to, from, bytes); }
@@ -138,10 +138,11 @@ inline void copy_async_commit() {
 }
 template <int PENDING>
 void copy_async_wait() {
+    if (PENDING == 0) emulated::wait_until([] { return machine.current->landings.empty(); });
     auto& groups = machine.current->groups;
     while (groups.size() > PENDING) {
         for (const auto& copy : groups.front())
-            if (copy.to) std::memcpy(copy.to, copy.bytes, copy.size);
+            if (!copy.done) std::memcpy(copy.to, copy.bytes, copy.size);
         machine.current->unfenced |= !groups.front().empty();
         groups.erase(groups.begin());
     }
@@ -249,7 +250,8 @@ inline float round_even(float value) { return std::nearbyint(value); }
 inline float minimum(float a, float b) { return std::fmin(a, b); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float settle(float value) { return value; }
-inline int settle(int value) { return value; }
+inline uint32_t settle(uint32_t value) { return value; }
+inline const uint8_t* settle(const uint8_t* pointer) { return pointer; }
 inline float absolute(float value) { return std::fabs(value); }
 
 // What all lanes bring to a product, and where each wants its part of the sum.

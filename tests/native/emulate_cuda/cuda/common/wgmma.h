@@ -9,7 +9,10 @@
 
 namespace llmkern::cuda {
 
-inline void fence_async() { machine.current->unfenced = false; }
+inline void fence_async() {
+    machine.current->unfenced = false;
+    machine.current->fenced = machine.current->block->landings;
+}
 inline void wgmma_fence() { machine.current->registers_fenced = true; }
 
 inline void wgmma_commit() {
@@ -44,10 +47,10 @@ void wgmma_wait() {
     });
 }
 
-// Two bytes of an operand in shared memory: row (of 16 columns), column. The fields of the descriptor: bits 0 to 13 the
-// start, 16 to 29 the leading and 32 to 45 the stride offset, all in 16 bytes; 49 to 51 the base offset; 62 and 63 the
-// swizzle. With the swizzle of 128 bytes, bits 4 to 6 of an address are xored with its bits 7 to 9.
-inline uint16_t described(uint64_t descriptor, int row, int column) {
+// Where row and column of an operand (of 16 columns) are in shared memory. The fields of the descriptor: bits 0 to 13
+// the start, 16 to 29 the leading and 32 to 45 the stride offset, all in 16 bytes; 49 to 51 the base offset; 62 and 63
+// the swizzle. With the swizzle of 128 bytes, bits 4 to 6 of an address are xored with its bits 7 to 9.
+inline uint32_t described_at(uint64_t descriptor, int row, int column) {
     const auto field = [descriptor](int low, int bits) { return uint32_t(descriptor >> low & ((1u << bits) - 1)); };
     const uint32_t start = field(0, 14) * 16, stride = field(32, 14) * 16;
     if (field(62, 2) != 1) throw std::runtime_error("wgmma: only the swizzle of 128 bytes is emulated");
@@ -58,8 +61,12 @@ inline uint16_t described(uint64_t descriptor, int row, int column) {
     const auto& block = *machine.current->block;
     if (block.shared + at + 2 > block.memory.data() + block.memory.size())
         throw std::runtime_error("wgmma: an operand beyond the shared memory");
+    return at;
+}
+
+inline uint16_t described(uint64_t descriptor, int row, int column) {
     uint16_t bits;
-    std::memcpy(&bits, block.shared + at, sizeof bits);
+    std::memcpy(&bits, machine.current->block->shared + described_at(descriptor, row, column), sizeof bits);
     return bits;
 }
 
@@ -86,10 +93,16 @@ void run_wgmma(const emulated::AsyncProduct* const* threads) {
             }
 }
 
-inline void issue(const emulated::AsyncProduct& product) {
+// tokens, columns: of b, as pairs of bytes.
+inline void issue(const emulated::AsyncProduct& product, int tokens, int columns = 16) {
+    const auto& block = *machine.current->block;
     for (const auto* fiber : machine.fibers)
-        if (fiber->block == machine.current->block && fiber->unfenced)
+        if (fiber->block == &block && fiber->unfenced)
             throw std::runtime_error("wgmma: asynchronous copies have landed without fence_async");
+    for (int row = 0; row < tokens && thread() % 32 == 0; row++)
+        for (int column = 0; column < columns; column += 8)
+            if (block.landed.at(described_at(product.b_shared, row, column) / 16) > machine.current->fenced)
+                throw std::runtime_error("wgmma: no fence_async since asynchronous copies have landed");
     if (product.a && !machine.current->registers_fenced)
         throw std::runtime_error("wgmma: registers without wgmma_fence since the last group");
     machine.current->open_products.push_back(product);
@@ -97,11 +110,11 @@ inline void issue(const emulated::AsyncProduct& product) {
 
 template <class T, int TOKENS>
 void wgmma(float (&d)[TOKENS / 8][4], const uint32_t (&a)[4], uint64_t b) {
-    issue({d, a, 0, b, run_wgmma<T, TOKENS>});
+    issue({d, a, 0, b, run_wgmma<T, TOKENS>}, TOKENS);
 }
 template <class T, int TOKENS>
 void wgmma(float (&d)[TOKENS / 8][4], uint64_t a, uint64_t b) {
-    issue({d, nullptr, a, b, run_wgmma<T, TOKENS>});
+    issue({d, nullptr, a, b, run_wgmma<T, TOKENS>}, TOKENS);
 }
 
 }  // namespace llmkern::cuda

@@ -32,11 +32,11 @@ void run_wgmma_s8(const emulated::AsyncProduct* const* threads) {
 
 template <int TOKENS>
 void wgmma_s8(int (&d)[TOKENS / 8][4], uint64_t a, uint64_t b) {
-    issue({d, nullptr, a, b, run_wgmma_s8<TOKENS>});
+    issue({d, nullptr, a, b, run_wgmma_s8<TOKENS>}, TOKENS);
 }
 template <int TOKENS>
 void wgmma_s8(int (&d)[TOKENS / 8][4], const uint32_t (&a)[4], uint64_t b) {
-    issue({d, a, 0, b, run_wgmma_s8<TOKENS>});
+    issue({d, a, 0, b, run_wgmma_s8<TOKENS>}, TOKENS);
 }
 
 }  // namespace llmkern::cuda

@@ -43,7 +43,7 @@ void run_wgmma_sparse(const emulated::AsyncProduct* const* threads) {
 
 template <class T, int TOKENS, int SELECTOR>
 void wgmma_sparse(float (&d)[TOKENS / 8][4], const uint32_t (&a)[4], const uint32_t& positions, uint64_t b) {
-    issue({d, a, 0, b, run_wgmma_sparse<T, TOKENS, SELECTOR>, &positions});
+    issue({d, a, 0, b, run_wgmma_sparse<T, TOKENS, SELECTOR>, &positions}, TOKENS, 32);
 }
 
 }  // namespace llmkern::cuda
