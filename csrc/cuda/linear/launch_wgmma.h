@@ -1,6 +1,8 @@
 // The instances of wgmma_kernel, by plan.row_tiles and plan.token_tiles.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/linear/launch_tile.h"
 #include "cuda/linear/wgmma_tile.h"
 
@@ -15,7 +17,7 @@ void launch_wgmma_tile(const char* name, const LinearArgs& l, const TileArgs& ti
     WgmmaArgs args{tile, int((l.n + Ring::ROWS - 1) / Ring::ROWS), int((l.m + TOKENS - 1) / TOKENS), 0};
     const int64_t tiles = int64_t(args.row_blocks) * args.token_blocks;
     if (tiles > INT32_MAX / 2) throw std::runtime_error(std::string(name) + ": too many tiles of y");
-    args.blocks = int(tile.splits > 1 ? tiles : smaller<int64_t>(tiles, multiprocessors(name)));
+    args.blocks = int(tile.splits > 1 ? tiles : std::min<int64_t>(tiles, multiprocessors(name)));
     Grid grid;
     grid.x = unsigned(args.blocks);
     grid.y = grid.cluster_y = unsigned(tile.splits);
