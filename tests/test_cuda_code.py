@@ -32,7 +32,8 @@ HOPPER = {
     "wgmma_kernel": ["HGMMA.64", "LDGSTS", "SYNCS", "USETMAXREG"],
     "integer_wgmma_kernel": ["IGMMA.64", "LDGSTS"],
     "integer_copied_kernel": ["IGMMA.64", "UTMALDG"],
-    "sparse_wgmma_kernel": ["HGMMA.SP.64", "LDGSTS"],
+    "integer_nibbles_kernel": ["IGMMA.64", "UTMALDG"],
+    "sparse_wgmma_kernel": ["HGMMA.SP.64", "UTMALDG"],
 }
 # Bytes of the stack that instances at the limit of 255 registers use, outside their products: part of the mangled
 # name -> the most.

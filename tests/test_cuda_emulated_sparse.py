@@ -135,7 +135,7 @@ def test_plans_of_every_instance(
     """The sizes that the cases above leave out, and clusters."""
     case = LinearCase(op, 37, 640, value_dtype=I8 if op == "sparse24_int4_linear" else BF16, group_size=128)
     plans = {"stream": [Plan(1, 1, 4), Plan(2, 1, 2)], "mma": [Plan(8, 16, 2)]}
-    plans["wgmma"] = [Plan(16, 8, 2), Plan(16, 16, 4), Plan(16, 8, 5), Plan(16, 16, 1)]
+    plans["wgmma"] = [Plan(16, 8, 2), Plan(16, 16, 4), Plan(16, 8, 5), Plan(16, 16, 1), Plan(16, 16, 5)]
     if op == "bitmask_linear":
         plans = {"stream": [Plan(1, 2, 4)], "mma": [Plan(8, 8, 2), Plan(8, 16, 8)]}
     for kernel, found in plans.items():

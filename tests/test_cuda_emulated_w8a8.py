@@ -57,6 +57,15 @@ W4A8_CASES = [
         (136, 544, None, F32, False),
     )
 ]
+NIBBLE_CASES = [
+    LinearCase("int4_linear", n, k, group_size=group_size, scale_dtype=scale_dtype, extra=("int8",))
+    for n, k, group_size, scale_dtype in (
+        (1, 128, None, F32),
+        (130, 1152, 128, BF16),
+        (40, 1280, 384, F16),
+        (260, 1408, None, F32),
+    )
+]
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
@@ -106,6 +115,47 @@ def test_int4(
         y = run(emulated, "stream_int8", case, x, None)
         assert y[2].isnan().all()
         testing.assert_within(y[others], *expected(case, x[others], None), f"{case}, {inside=}")
+
+
+@pytest.mark.parametrize("case", NIBBLE_CASES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_int4_with_products_of_a_warpgroup(emulated: ModuleType, case: LinearCase, generator: torch.Generator) -> None:
+    """K divided and not: then two blocks share rows of x."""
+    for at, (gpu, m) in enumerate(((GPU, 0), (GPU, 1), (GPU, 70), (BUSY_GPU, 33), (BUSY_GPU, 300))):
+        x = torch.randn((m, case.k), generator=generator).to(BF16 if at % 2 else F16)
+        bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
+        y = run(emulated, "wgmma_int8", case, x, bias, gpu)
+        testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}")
+    x = torch.randn((7, case.k), generator=generator).bfloat16()
+    x[2] = torch.nan
+    assert run(emulated, "wgmma_int8", case, x, None).isnan().any(1).tolist() == [row == 2 for row in range(7)]
+
+
+@pytest.mark.parametrize(("code", "value"), [(0, -8), (0x77777777, -1), (-1, 7)])
+def test_the_largest_sums(emulated: ModuleType, code: int, value: int) -> None:
+    """As many steps as sums are kept for, with the largest codes of x: what a float's fraction has room for."""
+    k = 1024
+    op = importlib.import_module("llmkern.ops.int4_linear")
+    words, x = torch.full((3, k // 8), code, dtype=torch.int32), torch.ones((2, k), dtype=BF16)
+    x[1] = -1
+    function = emulated.int4_linear.wgmma_int8
+    y = op.cuda("wgmma_int8", function, BUSY_GPU, x, words, torch.ones(3, 1), None, None, k, "int8")
+    assert torch.equal(y, torch.tensor([[value * k], [-value * k]]).to(BF16).expand(2, 3))
+
+
+def test_int4_refusals() -> None:
+    op = importlib.import_module("llmkern.ops.int4_linear")
+    for case, wanted in (
+        (LinearCase("int4_linear", 3, 256, symmetric=False, extra=("int8",)), "needs weights without zeros"),
+        (LinearCase("int4_linear", 3, 96, extra=("int8",)), "needs K in multiples of 128, got K=96"),
+        (LinearCase("int4_linear", 3, 256, extra=("int8",)), None),
+    ):
+        x = torch.zeros((2, case.k), dtype=BF16)
+        assert op.cuda_rejects("wgmma_int8", *case.args(x, None)) == wanted
+        assert op.cuda_rejects("mma_int8", *case.args(x, None)) is None
+    assert _cuda.integer_yields("wgmma_int8", GPU, 17) is None
+    assert _cuda.integer_yields("wgmma_int8", GPU, 16) == "leaves 16 rows of x to cuda.stream_int8"
+    assert _cuda.integer_yields("mma_int8", GPU, 17) is None
 
 
 def raw(emulated: ModuleType, kernel: str, x: Tensor, codes: Tensor, scales: Tensor, gpu: Any = GPU) -> Tensor:

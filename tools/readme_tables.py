@@ -13,7 +13,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
-GPU_ROWS = ("cuda.stream", "cuda.mma", "cuda.wgmma", "cuda.stream_int8", "cuda.mma_int8", "cuda.block", "triton")
+GPU_ROWS = (
+    "cuda.stream",
+    "cuda.mma",
+    "cuda.wgmma",
+    "cuda.stream_int8",
+    "cuda.mma_int8",
+    "cuda.wgmma_int8",
+    "cuda.block",
+    "triton",
+)
 
 
 def built() -> dict[str, list[str]]:

@@ -56,8 +56,8 @@ LLMKERN_DEVICE void barrier_expect(Barrier* barrier, int bytes) {
 // After barriers of a cluster's blocks have been initialised, before sync_cluster().
 LLMKERN_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
 
-// At the barrier that the cluster's block `rank` has in this place: what this thread has read there, may be overwritten.
-// Nothing that it wrote is made known there, which would take a fence of the whole cluster.
+// At the barrier that the cluster's block `rank` has in this place: what this thread has read there, may be
+// overwritten. Nothing that it wrote is made known there, which would take a fence of the whole cluster.
 LLMKERN_DEVICE void barrier_arrive_at_if(bool here, Barrier* barrier, int rank) {
     asm volatile(
         "{\n.reg .pred here;\n.reg .u32 there;\n"

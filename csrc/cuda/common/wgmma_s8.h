@@ -9,6 +9,9 @@ namespace llmkern::cuda {
 // 32 rows of b, see matrix_descriptor.h).
 template <int TOKENS>
 LLMKERN_DEVICE void wgmma_s8(int (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
+// With a from registers, of each warp's 16 rows: as mma_s8's.
+template <int TOKENS>
+LLMKERN_DEVICE void wgmma_s8(int (&d)[TOKENS / 8][4], const uint32_t (&a)[4], uint64_t b);
 
 #if LLMKERN_HAS_WGMMA
 #define LLMKERN_S8_SUM(t) "+r"(d[t][0]), "+r"(d[t][1]), "+r"(d[t][2]), "+r"(d[t][3])
@@ -36,6 +39,17 @@ LLMKERN_DEVICE void wgmma_s8(int (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
                      : LLMKERN_S8_SUMS##tokens                                                          \
                      : "l"(a), "l"(b));                                                                 \
     }
+#define LLMKERN_WGMMA_S8_REGISTERS(tokens, a0, a1, a2, a3, b_at)                                        \
+    template <>                                                                                         \
+    LLMKERN_DEVICE void wgmma_s8<tokens>(int (&d)[tokens / 8][4], const uint32_t (&a)[4], uint64_t b) { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k32.s32.s8.s8 {" LLMKERN_S8_D##tokens \
+                     "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_at ", 1;\n"                    \
+                     : LLMKERN_S8_SUMS##tokens                                                          \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
+    }
+LLMKERN_WGMMA_S8_REGISTERS(64, 32, 33, 34, 35, 36)
+LLMKERN_WGMMA_S8_REGISTERS(128, 64, 65, 66, 67, 68)
+#undef LLMKERN_WGMMA_S8_REGISTERS
 LLMKERN_WGMMA_S8(32, 16, 17)
 LLMKERN_WGMMA_S8(64, 32, 33)
 LLMKERN_WGMMA_S8(96, 48, 49)
@@ -45,6 +59,8 @@ LLMKERN_WGMMA_S8(256, 128, 129)
 #else
 template <int TOKENS>
 LLMKERN_DEVICE void wgmma_s8(int (&)[TOKENS / 8][4], uint64_t, uint64_t) {}
+template <int TOKENS>
+LLMKERN_DEVICE void wgmma_s8(int (&)[TOKENS / 8][4], const uint32_t (&)[4], uint64_t) {}
 #endif
 
 }  // namespace llmkern::cuda

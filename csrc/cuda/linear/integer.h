@@ -69,10 +69,10 @@ LLMKERN_DEVICE uint16_t finish(DType dtype, float sum, float scale, float bias) 
 }
 
 // Quantizes x into the workspace if there is one, and says where everything is. `x_group`: columns of x that share a
-// scale.
+// scale. `by_lanes`: see quantize.h.
 template <class Format>
 IntegerArgs integer_args(const char* name, const IntegerCodesArgs& args, int row_bytes, int64_t x_group,
-                         const Plan& plan) {
+                         const Plan& plan, bool by_lanes = false) {
     const CodesArgs& c = args.codes;
     const LinearArgs& l = c.linear;
     const int groups = groups_of(l.k, c.group_size), x_groups = groups_of(l.k, x_group);
@@ -94,9 +94,19 @@ IntegerArgs integer_args(const char* name, const IntegerCodesArgs& args, int row
     auto* const scales = reinterpret_cast<float*>(codes + l.m * padded_k);
     auto* const sums = reinterpret_cast<int*>(scales + l.m * x_groups);
     to.x_codes = codes, to.x_scales = scales, to.x_sums = sums;
-    const bool summed = Format::OFFSET || c.zeros;
-    const QuantizeArgs quantize{
-        l.x, to.k, padded_k, x_groups, int(x_group), groups, int(c.group_size), codes, scales, summed ? sums : nullptr};
+    const bool summed = !by_lanes && (Format::OFFSET || c.zeros);
+    const QuantizeArgs quantize{l.x,
+                                int(l.m),
+                                to.k,
+                                padded_k,
+                                x_groups,
+                                int(x_group),
+                                groups,
+                                int(c.group_size),
+                                codes,
+                                scales,
+                                summed ? sums : nullptr,
+                                by_lanes};
     Grid grid;
     grid.x = unsigned(l.m);
     grid.threads = QUANTIZE_WARPS * 32;

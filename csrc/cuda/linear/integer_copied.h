@@ -12,11 +12,12 @@
 
 namespace llmkern::cuda {
 
-template <int ROW_TILES, int TOKENS_, bool PAIRED>
+// W_STEP: bytes of a row of w in a step.
+template <int ROW_TILES, int TOKENS_, bool PAIRED, int W_STEP = TILE_STEP>
 struct IntegerCopied {
-    static constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 32, ROWS = 128 * ROW_TILES, TOKENS = TOKENS_;
+    static constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128, ROWS = 128 * ROW_TILES, TOKENS = TOKENS_;
     static constexpr int BLOCKS = PAIRED ? 2 : 1, X_ROWS = TOKENS / BLOCKS;  // of x that a block brings
-    static constexpr int W_BYTES = ROWS * TILE_STEP, STAGE = W_BYTES + TOKENS * TILE_STEP;
+    static constexpr int W_BYTES = ROWS * W_STEP, STAGE = W_BYTES + TOKENS * TILE_STEP;
     static constexpr int FIT = (226 * 1024 - 256) / STAGE, STAGES = FIT < 8 ? FIT : 8;
     static constexpr int BARRIERS = STAGES * STAGE, ALL = BARRIERS + 2 * STAGES * int(sizeof(Barrier));
     static constexpr int STRIDE = ROWS + 4, SUMS = TOKENS * STRIDE * 4;
@@ -68,7 +69,7 @@ struct IntegerCopied {
     LLMKERN_DEVICE void copy_w(const TensorMap& w, int step) const {
         const int slot = (step - first) % STAGES;
         barrier_expect(full(slot), STAGE);
-        copy_tile(stage_at(slot), w, step * TILE_STEP, int(first_row), full(slot));
+        copy_tile(stage_at(slot), w, step * W_STEP, int(first_row), full(slot));
     }
     LLMKERN_DEVICE void copy_x(const TensorMap& x, int step, int rank) const {
         const int slot = (step - first) % STAGES;
@@ -130,31 +131,40 @@ struct IntegerCopied {
     }
 };
 
-template <int ROW_TILES, int TOKENS, bool PAIRED>
-__global__ void __launch_bounds__(288, 1)
-    integer_copied_kernel(IntegerArgs args, LLMKERN_GRID_CONSTANT TensorMap w, LLMKERN_GRID_CONSTANT TensorMap x) {
+// V: of the sums that Tile leaves in shared memory.
+template <class Tile, class Format, class V>
+LLMKERN_DEVICE void run_copied(const IntegerArgs& args, const TensorMap& w, const TensorMap& x) {
 #if LLMKERN_HAS_WGMMA
-    using Tile = IntegerCopied<ROW_TILES, TOKENS, PAIRED>;
     int64_t first_row, first_token;
-    tile_of<Tile::BLOCKS * Tile::ROWS, TOKENS>(args.out, block_x() / Tile::BLOCKS, first_row, first_token);
+    tile_of<Tile::BLOCKS * Tile::ROWS, Tile::TOKENS>(args.out, block_x() / Tile::BLOCKS, first_row, first_token);
     const int rank = block_x() % Tile::BLOCKS, split = block_y();
     first_row += rank * Tile::ROWS;
     const Tile tile(args, first_row, first_token, split);
     Tile::init();
-    if (thread() < Tile::CONSUMERS)
+    if (thread() < Tile::CONSUMERS) {
+        more_registers<232>();
         tile.multiply();
-    else if (thread() == Tile::CONSUMERS)
-        tile.copy(w, x, rank);
-    sync_warp();
-    store_tile<Int8Codes, int, Tile::CONSUMERS, TOKENS, Tile::ROWS>(args, first_row, first_token, split);
-    if (PAIRED) sync_cluster();  // nobody leaves while another may say that it has used a stage
+        args.splits > 1 ? sync_cluster() : sync_threads<1, Tile::CONSUMERS>();
+        store_sums<Format, V, Tile::CONSUMERS, Tile::TOKENS, Tile::ROWS>(args, first_row, first_token, split);
+        // Nobody leaves while another reads its memory, or says there that it has used a stage.
+        if (Tile::BLOCKS > 1 || args.splits > 1) sync_cluster();
+    } else {
+        fewer_registers<40>();
+        if (thread() == Tile::CONSUMERS) tile.copy(w, x, rank);
+    }
 #endif
 }
 
-template <int ROW_TILES, int TOKENS, bool PAIRED>
-void launch_integer_copied_instance(const char* name, const IntegerArgs& args, void* stream) {
-    using Tile = IntegerCopied<ROW_TILES, TOKENS, PAIRED>;
-    constexpr int ROWS = Tile::BLOCKS * Tile::ROWS;
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, 1)
+    integer_copied_kernel(IntegerArgs args, LLMKERN_GRID_CONSTANT TensorMap w, LLMKERN_GRID_CONSTANT TensorMap x) {
+    run_copied<Tile, Int8Codes, int>(args, w, x);
+}
+
+template <class Tile>
+void launch_copied(const char* name, void (*kernel)(IntegerArgs, TensorMap, TensorMap), const IntegerArgs& args,
+                   void* stream, int w_step) {
+    constexpr int ROWS = Tile::BLOCKS * Tile::ROWS, TOKENS = Tile::TOKENS;
     Grid grid;
     grid.x = unsigned(Tile::BLOCKS * ((args.out.n + ROWS - 1) / ROWS) * ((args.out.m + TOKENS - 1) / TOKENS));
     grid.y = grid.cluster_y = unsigned(args.splits);
@@ -162,25 +172,9 @@ void launch_integer_copied_instance(const char* name, const IntegerArgs& args, v
     grid.threads = Tile::THREADS;
     grid.shared_bytes = size_t(Tile::SHARED);
     grid.overlap = true;
-    launch(name, integer_copied_kernel<ROW_TILES, TOKENS, PAIRED>, grid, stream, args,
-           tensor_map(name, args.codes, args.row_bytes, args.out.n, args.row_bytes, TILE_STEP, Tile::ROWS),
+    launch(name, kernel, grid, stream, args,
+           tensor_map(name, args.codes, args.row_bytes, args.out.n, args.row_bytes, w_step, Tile::ROWS),
            tensor_map(name, args.x_codes, args.padded_k, args.out.m, args.padded_k, TILE_STEP, Tile::X_ROWS));
-}
-
-// plan.row_tiles of 16 and 8 are the sizes above. Rows of w start at multiples of 16 bytes.
-inline void launch_integer_copied(const char* name, const IntegerArgs& args, void* stream, const Plan& plan) {
-    if (plan.splits > (args.k + TILE_STEP - 1) / TILE_STEP) no_instance(name, plan);
-    if (plan.row_tiles == 16 && plan.token_tiles == 4)
-        return launch_integer_copied_instance<2, 32, false>(name, args, stream);
-    if (plan.row_tiles == 16 && plan.token_tiles == 8)
-        return launch_integer_copied_instance<2, 64, false>(name, args, stream);
-    if (plan.row_tiles == 16 && plan.token_tiles == 12)
-        return launch_integer_copied_instance<2, 96, false>(name, args, stream);
-    if (plan.row_tiles == 16 && plan.token_tiles == 16)
-        return launch_integer_copied_instance<2, 128, false>(name, args, stream);
-    if (plan.row_tiles == 8 && plan.token_tiles == 32 && plan.splits == 1)
-        return launch_integer_copied_instance<1, 256, true>(name, args, stream);
-    no_instance(name, plan);
 }
 
 }  // namespace llmkern::cuda

@@ -28,11 +28,10 @@ constexpr int integer_tile_bytes(int tokens) {
 }
 
 // From the sums of a block's tile in shared memory, [TOKENS][ROWS + 4], to y: together with those of the cluster's
-// other blocks, of which each stores its share. Called by all threads of the block, of which the first THREADS store.
+// other blocks, of which each stores its share. By the block's first THREADS threads, after all have put their sums.
 template <class Format, class V, int THREADS, int TOKENS, int ROWS = TILE_ROWS>
-LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64_t first_token, int split) {
+LLMKERN_DEVICE void store_sums(const IntegerArgs& args, int64_t first_row, int64_t first_token, int split) {
     const V* const sums = reinterpret_cast<const V*>(shared_memory());
-    args.splits > 1 ? sync_cluster() : sync_block();
     constexpr int OCTETS = ROWS / 8, AT_ONCE = THREADS / OCTETS;
     const int octet = thread() % OCTETS;
     const int64_t row = first_row + 8 * octet;
@@ -48,8 +47,7 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
         scale[i] = scaled ? 1.0f : load_float(args.scales, at, args.scales_dtype);
         offset[i] = Format::OFFSET + (offsets && args.zeros ? args.zeros[at] : 0);
     }
-    const int tokens =
-        thread() < THREADS && row < args.out.n ? int(smaller<int64_t>(args.out.m - first_token, TOKENS)) : 0;
+    const int tokens = row < args.out.n ? int(smaller<int64_t>(args.out.m - first_token, TOKENS)) : 0;
     for (int t = thread() / OCTETS + split * AT_ONCE; t < tokens; t += args.splits * AT_ONCE) {
         const int64_t token = first_token + t;
         const float x_scale = args.x_groups == 1 ? args.x_scales[token] : 1.0f;
@@ -77,6 +75,13 @@ LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64
                 if (row + i < args.out.n) to[i] = y.halves[i];
         }
     }
+}
+
+// The same when all THREADS of the block have put what they have.
+template <class Format, class V, int THREADS, int TOKENS>
+LLMKERN_DEVICE void store_tile(const IntegerArgs& args, int64_t first_row, int64_t first_token, int split) {
+    args.splits > 1 ? sync_cluster() : sync_block();
+    store_sums<Format, V, THREADS, TOKENS>(args, first_row, first_token, split);
     if (args.splits > 1) sync_cluster();  // nobody leaves while another reads its memory
 }
 

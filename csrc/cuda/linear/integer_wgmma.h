@@ -129,6 +129,28 @@ __global__ void __launch_bounds__(256) integer_wgmma_kernel(IntegerArgs args) {
 #endif
 }
 
+template <int ROW_TILES, int TOKENS, bool PAIRED>
+void launch_integer_copied_instance(const char* name, const IntegerArgs& args, void* stream) {
+    using Tile = IntegerCopied<ROW_TILES, TOKENS, PAIRED>;
+    launch_copied<Tile>(name, integer_copied_kernel<Tile>, args, stream, TILE_STEP);
+}
+
+// plan.row_tiles of 16 and 8 are the sizes above. Rows of w start at multiples of 16 bytes.
+inline void launch_integer_copied(const char* name, const IntegerArgs& args, void* stream, const Plan& plan) {
+    if (plan.splits > (args.k + TILE_STEP - 1) / TILE_STEP) no_instance(name, plan);
+    if (plan.row_tiles == 16 && plan.token_tiles == 4)
+        return launch_integer_copied_instance<2, 32, false>(name, args, stream);
+    if (plan.row_tiles == 16 && plan.token_tiles == 8)
+        return launch_integer_copied_instance<2, 64, false>(name, args, stream);
+    if (plan.row_tiles == 16 && plan.token_tiles == 12)
+        return launch_integer_copied_instance<2, 96, false>(name, args, stream);
+    if (plan.row_tiles == 16 && plan.token_tiles == 16)
+        return launch_integer_copied_instance<2, 128, false>(name, args, stream);
+    if (plan.row_tiles == 8 && plan.token_tiles == 32 && plan.splits == 1)
+        return launch_integer_copied_instance<1, 256, true>(name, args, stream);
+    no_instance(name, plan);
+}
+
 inline void launch_integer_wgmma(const char* name, const IntegerCodesArgs& from, const Plan& plan) {
     const int64_t k = from.codes.linear.k;
     const IntegerArgs args = integer_args<Int8Codes>(name, from, int(k), k, plan);

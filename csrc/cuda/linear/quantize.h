@@ -62,13 +62,25 @@ LLMKERN_DEVICE Words4 quantize(const Words4& first, const Words4& second, float 
 
 struct QuantizeArgs {
     const void* x;
-    int k, padded_k;
+    int m, k, padded_k;
     int x_groups, x_group;      // scales of a row, and the columns of each
     int sum_groups, sum_group;  // sums of a row, none if `sums` is null
     int8_t* codes;              // [m, padded_k]
     float* scales;              // [m, x_groups]
     int* sums;                  // [m, sum_groups]: of the codes
+    bool by_lanes;              // codes as store_by_lanes puts them, scales as [x_groups, m]
 };
+
+// Sixteen columns of a row among 128, which integer_nibbles.h multiplies by lanes: of columns 32c + 8p + 2i + h,
+// product p takes byte 16h + 4c + i.
+LLMKERN_DEVICE void store_by_lanes(int8_t* row, int piece, const Words4& codes) {
+    uint32_t* const to = reinterpret_cast<uint32_t*>(row + piece / 8 * 128) + piece % 2 * 16 + piece % 8 / 2;
+#pragma unroll
+    for (int word = 0; word < 2; word++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            to[8 * word + 4 * h] = permute(codes.w[2 * word], codes.w[2 * word + 1], h ? 0x7531 : 0x6420);
+}
 
 constexpr int QUANTIZE_WARPS = 8;
 
@@ -106,10 +118,13 @@ __global__ void __launch_bounds__(QUANTIZE_WARPS * 32) quantize_kernel(QuantizeA
                 if (maxima[i] > largest) largest = maxima[i];
         }
         const Steps<T> steps(largest);
-        if (p == first) a.scales[row * a.x_groups + group] = steps.scale;
+        if (p == first) a.scales[a.by_lanes ? group * int64_t(a.m) + row : row * a.x_groups + group] = steps.scale;
         const Words4 codes =
             quantize<T>(load_halves<ALIGNED>(x, 16 * p, a.k), load_halves<ALIGNED>(x, 16 * p + 8, a.k), steps.inverse);
-        *reinterpret_cast<Words4*>(a.codes + row * a.padded_k + 16 * p) = codes;
+        if (a.by_lanes)
+            store_by_lanes(a.codes + row * a.padded_k, p, codes);
+        else
+            *reinterpret_cast<Words4*>(a.codes + row * a.padded_k + 16 * p) = codes;
         int sum = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) sum = dot4(codes.w[i], 0x01010101, sum);

@@ -32,7 +32,7 @@ void launch_sparse_wgmma(const SparseCall& call, const Plan& plan) {
     if (plan.token_tiles != 8 && plan.token_tiles != 16) no_instance(call.name, plan);
     // Scales of every product leave no registers for more rows of x.
     if constexpr (SCALED != SparseScaled::PRODUCTS) {
-        if (plan.token_tiles == 16 && plan.splits == 1)
+        if (plan.token_tiles == 16 && 2 * plan.splits <= CLUSTER_BLOCKS)
             return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, true>>(call);
         if (plan.token_tiles == 16)
             return launch_sparse_wgmma_instance<SparseWgmma<Format, T, 128, SCALED, false>>(call);

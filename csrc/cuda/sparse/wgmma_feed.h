@@ -7,7 +7,8 @@
 //   positions  [ROWS][16 bytes]
 //
 // K is a multiple of a stage. What lies beyond the last row of x or w is zeros. With SHARED_X two blocks have the same
-// rows of x, of which each brings a half to both: what comes from L2 limits large products.
+// rows and columns of x, of which each brings a half to both: what comes from L2 limits large products. In a cluster of
+// such pairs, one for each part of K, a pair's blocks are 2 * split and the next.
 #pragma once
 
 #include "cuda/common/matrix_descriptor.h"
@@ -56,12 +57,12 @@ struct SparseFeed {
     }
 
     // By a warp, whose lanes come together.
-    static LLMKERN_DEVICE void release(int slot, bool here) {
+    static LLMKERN_DEVICE void release(int slot, bool here, int split) {
         sync_warp();
         const bool speaks = here && thread() % 32 == 0;
         if (SHARED_X) {
-            barrier_arrive_at_if(speaks, empty(slot), 0);
-            barrier_arrive_at_if(speaks, empty(slot), 1);
+            barrier_arrive_at_if(speaks, empty(slot), 2 * split);
+            barrier_arrive_at_if(speaks, empty(slot), 2 * split + 1);
         } else {
             barrier_arrive_if(speaks, empty(slot));
         }
@@ -78,7 +79,7 @@ struct SparseFeed {
 
     // By one thread.
     LLMKERN_DEVICE void copy(const TensorMap& x, const TensorMap& values, const TensorMap& positions, int first_row,
-                             int first_token, int rank) const {
+                             int first_token, int rank, int split) const {
         Slot slot;
         const int token = first_token + rank * X_ROWS;
         for (int stage = first; stage < last; stage++) {
@@ -92,7 +93,8 @@ struct SparseFeed {
             for (int part = 0; part < 2; part++) {
                 uint8_t* const at = to + part * PART_BYTES + rank * X_ROWS * TILE_ROW_BYTES;
                 const int column = (2 * stage + part) * TILE_ROW_BYTES;
-                SHARED_X ? copy_tile_to(3, at, x, column, token, done) : copy_tile(at, x, column, token, done);
+                SHARED_X ? copy_tile_to(uint16_t(3 << 2 * split), at, x, column, token, done)
+                         : copy_tile(at, x, column, token, done);
             }
             slot.next();
         }

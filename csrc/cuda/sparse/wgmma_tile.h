@@ -133,7 +133,7 @@ struct SparseWgmma {
     }
 
     // Sums to shared memory. A stage at least, so that what sets sums to zero does not stand between products.
-    LLMKERN_DEVICE void run() const {
+    LLMKERN_DEVICE void run(int split) const {
         Sums acc = {};
         Left left[2];  // of the even parts, of the odd ones
         ScaleBits bits;
@@ -161,7 +161,7 @@ struct SparseWgmma {
                 decode(left[part], at, part, scales, beyond);
                 multiply(acc, left[part], at + part * Feed::PART_BYTES);
                 wgmma_wait<1>();  // the part before, whose registers are free now
-                if (part == 0) Feed::release(before, stage > feed.first);
+                if (part == 0) Feed::release(before, stage > feed.first, split);
             }
             slot.next();
         } while (++stage < feed.last);
@@ -178,7 +178,7 @@ struct SparseWgmma {
 
     // By the first CONSUMERS threads: neighbours in a row of y together, and what the cluster's blocks have added up,
     // of which each has a share of the rows of x.
-    LLMKERN_DEVICE void store(int split) const {
+    LLMKERN_DEVICE void store(int split, int rank) const {
         const float* const sums = reinterpret_cast<const float*>(shared_memory());
         constexpr int QUARTETS = ROWS / 4, AT_ONCE = CONSUMERS / QUARTETS;
         const Output& out = args.out;
@@ -196,7 +196,7 @@ struct SparseWgmma {
         }
         for (int t = thread() / QUARTETS + split * AT_ONCE; t < tokens; t += args.splits * AT_ONCE) {
             float sum[4];
-            cluster_sum(sums + t * PITCH + 4 * quartet, args.splits, sum);
+            cluster_sum<Feed::BLOCKS>(sums + t * PITCH + 4 * quartet, args.splits, sum, rank);
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[i] = sum[i] * scale[i] + bias[i];
             const Words2 y = {pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3])};
@@ -228,14 +228,14 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     dependency_wait();
     if (thread() < Tile::CONSUMERS) {
         more_registers<232>();
-        tile.run();
+        tile.run(split);
         args.splits > 1 ? sync_cluster() : sync_threads<1, Tile::CONSUMERS>();
-        tile.store(split);
+        tile.store(split, rank);
         // Nobody leaves while another reads its memory, or says there that it has used a stage.
         if (Feed::BLOCKS > 1 || args.splits > 1) sync_cluster();
     } else {
         fewer_registers<40>();
-        if (thread() == Tile::CONSUMERS) feed.copy(x, values, positions, int(first_row), int(first_token), rank);
+        if (thread() == Tile::CONSUMERS) feed.copy(x, values, positions, int(first_row), int(first_token), rank, split);
     }
 #endif
 }

@@ -18,8 +18,8 @@ from llmkern.ops._linear import DTYPE_CODES
 
 HALVES = (torch.bfloat16, torch.float16)
 # Of the rows; which of them runs, `best` says.
-ORDER = ("wgmma", "mma", "ring", "stream", "mma_int8", "stream_int8", "block")
-OLDEST = dict.fromkeys(ORDER, (8, 0)) | {"wgmma": (9, 0), "ring": (9, 0)}  # compute capability
+ORDER = ("wgmma", "mma", "ring", "stream", "wgmma_int8", "mma_int8", "stream_int8", "block")
+OLDEST = dict.fromkeys(ORDER, (8, 0)) | dict.fromkeys(("wgmma", "ring", "wgmma_int8"), (9, 0))  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 RING_MAJORS = (9, 10)  # with shared memory of 227 KB for a block, and clusters
 WGMMA_TOKEN_TILES = (4, 6, 8, 10, 12, 16, 19)  # with 16 row tiles, csrc/cuda/linear/launch_wgmma.h
@@ -64,7 +64,7 @@ def lacking(kernel: str) -> str:
 def _refused(kernel: str, gpu: Gpu) -> str:
     """Why this GPU cannot run the kernel; empty if it can."""
     major, minor = OLDEST[kernel]
-    if kernel == "wgmma" and gpu.capability[0] != 9:
+    if kernel.startswith("wgmma") and gpu.capability[0] != 9:
         return f"needs compute capability 9.0, got {_name(gpu)}"
     if kernel == "ring" and gpu.capability[0] not in RING_MAJORS:
         return f"needs 227 KB of shared memory in a block and clusters, which capability {_name(gpu)} lacks"
@@ -189,7 +189,7 @@ def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
 def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
     """Why `kernel` leaves a product with quantized x to a later row."""
     if kernel.endswith("_int8"):
-        return leaves_to("stream_int8" if m <= 16 else "mma_int8", kernel, m)
+        return leaves_to(f"{best_integer(gpu, m)}_int8", kernel, m)
     return leaves_to(best_integer(gpu, m), kernel, m)
 
 
@@ -222,6 +222,13 @@ def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int
         token_tiles = 4 if m <= 32 else 8 if groups > 1 or rows * -(-m // 128) < gpu.multiprocessors else 16
     blocks = rows * -(-m // (8 * token_tiles))
     return Plan(8, token_tiles, _idle(gpu, blocks, k // 512))
+
+
+@lru_cache(4096)
+def nibble_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
+    """Sizes of `cuda.wgmma_int8` (csrc/cuda/linear/integer_nibbles.h): 128 rows of w by 64 or 128 of x."""
+    token_tiles = 8 if m <= 64 else 16
+    return Plan(8, token_tiles, _idle(gpu, _blocks(n, 8) * -(-m // (8 * token_tiles)), k // 512))
 
 
 def quantizes_inside(m: int, k: int) -> bool:

@@ -80,6 +80,8 @@ def _cuda_int8(
         # A group of 128 columns is quantized where it is used, without reading x twice.
         pays = _cuda.quantizes_inside(m, k) if parts == 1 else group_size == 128 and m <= 8
         inside = pays and _cuda.inside_aligned(x, words, k, 4 * words.shape[1])
+    elif kernel == "wgmma_int8":
+        plan = _cuda.nibble_plan(gpu, m, n, k)
     else:
         plan = _cuda.integer_tile_plan(gpu, "mma", m, n, k, parts)
     workspace = None if inside else _cuda.integer_workspace(x, m, k, parts, parts)
@@ -99,6 +101,8 @@ def cuda_rejects(
             return 'quantizes activations, which only activations="int8" asks for'
         if not 0 < x.shape[-1] <= MAX_INT8_K:
             return f"needs K of 1 to {MAX_INT8_K}, got K={x.shape[-1]}"
+        if kernel == "wgmma_int8" and (reason := _rejects_wgmma_int8(x, words, zeros)):
+            return reason
         return _cuda.rejects_groups(group_size, x.shape[-1], 128)
     if activations is not None:
         return f"keeps activations as they are, but activations={activations!r} is asked for"
@@ -108,6 +112,15 @@ def cuda_rejects(
         described = _cuda_ring.codes_of(scales, zeros, group_size, 32)
         return _cuda_ring.rejects(x, words, 4 * words.shape[1], described, (scales, zeros))
     return None
+
+
+def _rejects_wgmma_int8(x: Tensor, words: Tensor, zeros: Any) -> str | None:
+    """What `cuda.wgmma_int8` leaves to `cuda.mma_int8`."""
+    if zeros is not None:
+        return "needs weights without zeros"
+    if x.shape[-1] % 128:
+        return f"needs K in multiples of 128, got K={x.shape[-1]}"
+    return "needs words at a multiple of 16 bytes" if words.data_ptr() % 16 else None
 
 
 def cuda_yields(kernel: str, gpu: _cuda.Gpu, x: Tensor, words: Tensor, *rest: Any) -> str | None:
