@@ -20,21 +20,22 @@ from llmkern.ops import _cuda
 from llmkern.ops._cuda import Gpu, Plan
 
 OPS = ("int4_linear", "int8_linear")
-# Every instance, with as many rows of x as it takes and with fewer; clusters of two and of four blocks.
+# Every instance, with as many rows of x as it takes and with fewer; clusters of two to eight blocks.
 PLANS = {
     "mma": [Plan(4, 4, 1), Plan(4, 3, 2), Plan(4, 1, 4), Plan(8, 8, 1), Plan(8, 5, 2), Plan(8, 6, 1), Plan(8, 7, 2)],
     "wgmma": [
         Plan(8, 8, 1),
         Plan(8, 8, 4),
         Plan(8, 16, 2),
+        Plan(8, 32, 1),
         Plan(16, 4, 1),
         Plan(16, 6, 2),
         Plan(16, 8, 8),
-        Plan(16, 10, 1),
+        Plan(16, 10, 3),
         Plan(16, 12, 4),
         Plan(16, 16, 1),
-        Plan(16, 16, 2),
-        Plan(16, 19, 1),
+        Plan(16, 16, 6),
+        Plan(8, 32, 1),
     ],
 }
 KERNELS = tuple(PLANS)
@@ -79,10 +80,15 @@ def test_one_ring_for_several_tiles(
     emulated: ModuleType, op: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The blocks of `cuda.wgmma` go from tile to tile and round and round their stages, the last one of a half of K."""
-    monkeypatch.setattr(_cuda, "codes_plan", lambda *_, **__: Plan(16, 6, 1))
-    for group_size, k in ((128, 1696), (32, 1120), (None, 2080)):
+    for group_size, k, m, plan in (
+        (128, 1696, 130, Plan(16, 6, 1)),
+        (32, 1120, 130, Plan(16, 6, 1)),
+        (32, 480, 300, Plan(8, 32, 1)),
+        (None, 2080, 130, Plan(16, 6, 1)),
+    ):
+        monkeypatch.setattr(_cuda, "codes_plan", lambda *_, plan=plan, **__: plan)
         case = LinearCase(op, 300, k, group_size=group_size, symmetric=k == 1696)
-        x = torch.randn((130, k), generator=generator).to(BF16)
+        x = torch.randn((m, k), generator=generator).to(BF16)
         y = run(emulated, "wgmma", case, x, None)
         testing.assert_within(y, *expected(case, x, None), f"{case}")
 
@@ -213,7 +219,7 @@ SIZES = [(n, k) for n in (1, 100, 1024, 4096, 14336, 28672, 151936) for k in (1,
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: f"sm_{gpu.capability[0]}{gpu.capability[1]}")
 def test_every_size_has_a_kernel(gpu: Gpu) -> None:
-    wgmma = {(8, 8), (8, 16), *((16, tiles) for tiles in _cuda.WGMMA_TOKEN_TILES)}
+    wgmma = {(rows, tiles) for rows, all_tiles in _cuda.WGMMA_TOKEN_TILES.items() for tiles in all_tiles}
     instances = {"wgmma": wgmma, "stream": {(1, 1), (2, 1), (4, 2)}}
     for n, k in SIZES:
         for m in (*range(1, 300), 1024, 4096, 100_000):
@@ -221,7 +227,8 @@ def test_every_size_has_a_kernel(gpu: Gpu) -> None:
             assert not _cuda._refused(kernel, gpu)
             for forced in {kernel, "stream", "mma"}:
                 plan = _cuda.codes_plan(forced, gpu, m, n, k, 32)
-                assert plan.splits in ((1, 2, 4, 8) if gpu.capability >= (9, 0) else (1,))
+                most = 8 if gpu.capability >= (9, 0) and plan.token_tiles != 32 else 1
+                assert plan.splits in range(1, most + 1) if forced == "wgmma" else plan.splits in (1, 2, 4, 8)[:most]
                 if forced == "mma":
                     assert plan.row_tiles in (4, 8)
                     assert 1 <= plan.token_tiles <= plan.row_tiles

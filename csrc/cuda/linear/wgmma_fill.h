@@ -1,7 +1,8 @@
-// The warps of wgmma_kernel that fill stages: two copy x and codes in the background and wait for nothing but room, two
-// bring scales, which become pairs of T on the way and so pass through registers.
+// The warps of wgmma_kernel that fill stages: two bring x and codes in the background and wait for nothing but room (a
+// single thread where the copy engine can), two bring scales, which become pairs of T on the way and so pass through
+// registers.
 //
-// Rows of x or w that do not exist are left as they are, whatever stands there: they meet in no sum that is stored.
+// Rows of x or w that do not exist are left as they are, or zeros: they meet in no sum that is stored.
 // Beyond K there are zeros. fp16 would lose a small scale's bits: see tile_feed.h.
 #pragma once
 
@@ -9,6 +10,29 @@
 #include "cuda/linear/wgmma_ring.h"
 
 namespace llmkern::cuda {
+
+// By one thread.
+template <class Ring>
+LLMKERN_DEVICE void fill_by_engine(const WgmmaArgs& all, const TensorMap& x, const TensorMap& codes, int split) {
+    typename Ring::Cursor next;
+    const int x_row = block_x() % Ring::BLOCKS * Ring::X_ROWS;
+    for (int tile = block_x() / Ring::BLOCKS; tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
+        const auto part = WgmmaPart::of<Ring>(all, tile, split);
+#pragma unroll 1
+        for (int stage = part.first; stage < part.last; stage++) {
+            next.wait_empty();
+            Barrier* const full = Ring::full(next.at);
+            uint8_t* const to = Ring::x(next.at) + x_row * TILE_ROW_BYTES;
+            barrier_expect(full, Ring::STAGE_BYTES);
+            copy_tile(Ring::codes(next.at), codes, stage * Ring::PITCH, part.first_row, full);
+            if (Ring::BLOCKS > 1)
+                copy_tile_to(3, to, x, stage * TILE_ROW_BYTES, part.first_token + x_row, full);
+            else
+                copy_tile(to, x, stage * TILE_ROW_BYTES, part.first_token, full);
+            next.next();
+        }
+    }
+}
 
 template <class Ring>
 struct WgmmaCopy {
@@ -76,8 +100,8 @@ struct WgmmaCopy {
 
     LLMKERN_DEVICE void run(const WgmmaArgs& all, int split) {
         typename Ring::Cursor next;
-        for (int tile = block_x(); tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
-            const auto part = WgmmaPart::of<Ring::ROWS, Ring::TOKENS>(all, tile, split);
+        for (int tile = block_x() / Ring::BLOCKS; tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
+            const auto part = WgmmaPart::of<Ring>(all, tile, split);
             begin(part);
             for (int stage = part.first; stage < part.last; stage++) {
                 next.wait_empty();
@@ -110,7 +134,8 @@ struct WgmmaScales {
     const int t = thread() % THREADS;
     int first[HELD];  // of a row's scales
     float factor[HELD];
-    TileScale held[HELD];  // of the group that came last
+    uint32_t bits[HELD];  // of the next group, on their way
+    int zero[HELD] = {};
 
     explicit LLMKERN_DEVICE WgmmaScales(const TileArgs& args) : args(args) {}
 
@@ -125,37 +150,52 @@ struct WgmmaScales {
     }
 
     LLMKERN_DEVICE void load(int group) {
-        uint32_t scale[HELD];
-        int zero[HELD] = {};
+        group = smaller(group, args.groups - 1);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
-            if (args.groups > 0) scale[i] = load_bits(args.scales, first[i] + group, args.scales_dtype);
+            if (args.groups > 1) bits[i] = load_bits(args.scales, first[i] + group, args.scales_dtype);
             if (args.zeros) zero[i] = args.zeros[first[i] + group];
         }
+    }
+
+    LLMKERN_DEVICE void put(TileScale* to) {
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             // Scales per row wait for the end.
-            const float value = args.groups > 1 ? bits_to_float(scale[i], args.scales_dtype) * factor[i] : 1;
-            held[i] = {pack2<T>(value, value), Format::template neighbour_offset<T>(zero[i])};
+            const float value = args.groups > 1 ? bits_to_float(bits[i], args.scales_dtype) * factor[i] : 1;
+            to[i * THREADS] = {pack2<T>(value, value), Format::template neighbour_offset<T>(zero[i])};
         }
+    }
+
+    LLMKERN_DEVICE int group_of(int unit) const {
+        return args.groups > 1 ? smaller(args.group_units.divide(unit), args.groups - 1) : 0;
     }
 
     LLMKERN_DEVICE void run(const WgmmaArgs& all, int split) {
         const int slots = Ring::one_scale(args) ? 1 : Ring::SLOTS;
         typename Ring::Cursor cursor;
-        for (int tile = block_x(); tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
-            const auto part = WgmmaPart::of<Ring::ROWS, Ring::TOKENS>(all, tile, split);
+        for (int tile = block_x() / Ring::BLOCKS; tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
+            const auto part = WgmmaPart::of<Ring>(all, tile, split);
+            if (part.first == part.last) continue;
             begin(part);
-            int held_group = -1;
+            load(group_of(part.first * Ring::SLOTS));
+            int last_group = -1;
+            const TileScale* last = nullptr;  // where this thread has put those of that group, which are still there
             for (int stage = part.first; stage < part.last; stage++) {
                 cursor.wait_empty();
+#pragma unroll 1
                 for (int slot = 0; slot < slots; slot++) {
-                    const int unit = stage * Ring::SLOTS + slot;
-                    const int group = args.groups > 1 ? smaller(args.group_units.divide(unit), args.groups - 1) : 0;
-                    if (group != held_group) load(group), held_group = group;
+                    const int group = group_of(stage * Ring::SLOTS + slot);
                     TileScale* const to = Ring::scales(cursor.at) + slot * Ring::ROWS + t;
+                    if (group != last_group) {
+                        put(to);
+                        load(group + 1);
+                        last_group = group;
+                    } else {
 #pragma unroll
-                    for (int i = 0; i < HELD; i++) to[i * THREADS] = held[i];
+                        for (int i = 0; i < HELD; i++) to[i * THREADS] = last[i * THREADS];
+                    }
+                    last = to;
                 }
                 Ring::arrive(Ring::full(cursor.at));
                 cursor.next();

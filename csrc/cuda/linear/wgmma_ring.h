@@ -6,25 +6,30 @@
 //           u ^ (row / 2 % 4)
 //   scales  [SLOTS][ROWS], a slot per 16 bytes of a row's codes: a pair of T, and what `neighbours` adds for the zero
 //
-// `full` of a stage is over when all that fill it have arrived, `empty` when all that use it have.
+// `full` of a stage is over when all that fill it have arrived, `empty` when all that use it have. With 256 rows of x
+// two blocks of a cluster have the same ones, of which each brings a half to both (what comes from L2 limits large
+// products): there `empty` is over when the users of both have arrived.
 #pragma once
 
-#include "cuda/common/barrier.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/linear/tile_feed.h"
 
 namespace llmkern::cuda {
 
 struct WgmmaArgs {
     TileArgs tile;
-    int row_blocks, token_blocks;  // tiles of y
+    int row_blocks, token_blocks;  // tiles of y, or pairs of them that share rows of x
     int blocks;                    // that share them, or clusters
+    bool engine;                   // x and codes come by the copy engine: all rows start at multiples of 16 bytes
 };
 
-template <class Format, class T, int ROW_TILES, int TOKENS_>
+// Each of WARPGROUPS multiplies 64 rows of w.
+template <class Format, class T, int WARPGROUPS, int TOKENS_>
 struct WgmmaRing {
-    static constexpr int ROWS = ROW_TILES * 128, TOKENS = TOKENS_;
+    static constexpr int ROWS = WARPGROUPS * 64, TOKENS = TOKENS_;
     using Piece = typename Format::Piece;
-    static constexpr int USERS = 256, FILLERS = 128, THREADS = USERS + FILLERS;
+    static constexpr int USERS = WARPGROUPS * 128, FILLERS = 128, THREADS = USERS + FILLERS;
+    static constexpr int BLOCKS = TOKENS == 256 ? 2 : 1, X_ROWS = TOKENS / BLOCKS;  // of x that a block brings
     static constexpr int LANE = Format::LANE_COLUMNS, UNITS = TILE_COLUMNS / LANE, PITCH = UNITS * 16, SLOTS = UNITS;
     static constexpr int X_BYTES = TOKENS * TILE_ROW_BYTES, STAGE_BYTES = X_BYTES + ROWS * PITCH;
     static constexpr int SCALE_BYTES = SLOTS * ROWS * int(sizeof(TileScale));
@@ -71,14 +76,26 @@ struct WgmmaRing {
         sync_warp();
         if (thread() % 32 == 0) barrier_arrive(barrier);
     }
+    // By a warp of the users.
+    static LLMKERN_DEVICE void release(int at, bool here) {
+        sync_warp();
+        const bool speaks = here && thread() % 32 == 0;
+        if (BLOCKS > 1) {
+            barrier_arrive_at_if(speaks, empty(at), 0);
+            barrier_arrive_at_if(speaks, empty(at), 1);
+        } else {
+            barrier_arrive_if(speaks, empty(at));
+        }
+    }
 
     static LLMKERN_DEVICE void init(int filled_by) {
         if (thread() == 0)
             for (int i = 0; i < STAGES; i++) {
                 barrier_init(full(i), filled_by);
-                barrier_init(empty(i), USERS / 32);
+                barrier_init(empty(i), BLOCKS * USERS / 32);
             }
-        sync_block();
+        fence_barriers();
+        BLOCKS > 1 ? sync_cluster() : sync_block();
     }
 };
 
@@ -88,14 +105,15 @@ struct WgmmaPart {
 
     // Tiles that are done at about the same time are of up to 8 * TOKENS rows of x and as many of w, so that both come
     // from L2 for most of them.
-    template <int ROWS, int TOKENS>
+    template <class Ring>
     static LLMKERN_DEVICE WgmmaPart of(const WgmmaArgs& args, int tile, int split) {
-        constexpr int SIDE = 8;
+        constexpr int SIDE = 8, TOKENS = Ring::TOKENS;
         const int strip = tile / (SIDE * args.row_blocks), in = tile % (SIDE * args.row_blocks);
         const int width = smaller(args.token_blocks - strip * SIDE, SIDE);
         const int stages = (args.tile.k + TILE_COLUMNS - 1) / TILE_COLUMNS;
         const int first_token = (strip * SIDE + in % width) * TOKENS;
-        return {in / width * ROWS, first_token, smaller(int(args.tile.out.m) - first_token, TOKENS),
+        const int row_block = in / width * Ring::BLOCKS + block_x() % Ring::BLOCKS;
+        return {row_block * Ring::ROWS, first_token, smaller(int(args.tile.out.m) - first_token, TOKENS),
                 int(int64_t(stages) * split / args.tile.splits), int(int64_t(stages) * (split + 1) / args.tile.splits)};
     }
 };

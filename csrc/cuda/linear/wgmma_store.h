@@ -6,7 +6,7 @@
 
 namespace llmkern::cuda {
 
-// PIECE: tiles of 8 rows of x at a time. DIVIDED: K among a cluster's blocks. acc[r]: as mma's d, from row row_of(r) of
+// PIECE: tiles of 8 rows of x at a time. DIVIDED: K among a cluster's blocks. acc: as mma's d, from row first_row of
 // the block; by the ring's users.
 template <class T, class Ring, int PIECE, bool DIVIDED>
 struct WgmmaStore {
@@ -18,61 +18,57 @@ struct WgmmaStore {
 
     static LLMKERN_DEVICE void sync_users() { sync_threads<1, Ring::USERS>(); }
 
-    // of_row: factor and bias of row thread() of the block.
-    template <int ROW_TILES, int TOKEN_TILES, class RowOf>
-    static LLMKERN_DEVICE void run(const float (&acc)[ROW_TILES][TOKEN_TILES][4], float* sums, const TileArgs& args,
-                                   const WgmmaPart& part, int split, const float (&of_row)[2], RowOf row_of) {
+    template <int TOKEN_TILES>
+    static LLMKERN_DEVICE void run(const float (&acc)[TOKEN_TILES][4], float* sums, const TileArgs& args,
+                                   const WgmmaPart& part, int split, int first_row) {
         const int g = thread() % 32 / 4, c = thread() % 4, quad = thread() % QUADS;
         const int n = int(args.out.n), row = part.first_row + 4 * quad;
 #pragma unroll
         for (int first = 0; first < TOKEN_TILES; first += PIECE) {
             if (first * 8 >= part.tokens) break;
             sync_users();  // what stood there has been read
-            if (first == 0 && thread() < Ring::ROWS)
-                Ring::factors()[thread()] = of_row[0], Ring::biases()[thread()] = of_row[1];
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; r++)
+            for (int t = first; t < TOKEN_TILES && t < first + PIECE; t++)
 #pragma unroll
-                for (int t = first; t < TOKEN_TILES && t < first + PIECE; t++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        sums[((t - first) * 8 + 2 * c + i % 2) * PITCH + row_of(r) + g + i / 2 * 8] = acc[r][t][i];
+                for (int i = 0; i < 4; i++)
+                    sums[((t - first) * 8 + 2 * c + i % 2) * PITCH + first_row + g + i / 2 * 8] = acc[t][i];
             DIVIDED ? sync_cluster() : sync_users();
             const float* const from = sums + 4 * quad;
             const int here = smaller(part.tokens - first * 8, PIECE * 8);
             uint16_t* const to = static_cast<uint16_t*>(args.out.y) + int64_t(part.first_token + first * 8) * n + row;
             if constexpr (!DIVIDED)
-                put<1>(to, from, here, n, n - row, 0);
+                put<1>(to, from, here, n, n - row, 0, 1);
             else if (args.splits == 2)
-                put<2>(to, from, here, n, n - row, split);
-            else if (args.splits == 4)
-                put<4>(to, from, here, n, n - row, split);
+                put<2>(to, from, here, n, n - row, split, 2);
+            else if (args.splits <= 4)
+                put<4>(to, from, here, n, n - row, split, args.splits);
             else
-                put<8>(to, from, here, n, n - row, split);
+                put<8>(to, from, here, n, n - row, split, args.splits);
             if (DIVIDED) sync_cluster();  // nobody goes on while another reads its memory
         }
     }
 
-    // This thread's rows and its share of `here` rows of x. Several are read before the first is used: other blocks'
-    // memory is far.
-    template <int SPLITS>
-    static LLMKERN_DEVICE void put(uint16_t* to, const float* from, int here, int n, int rows, int split) {
-        constexpr int STRIDE = SPLITS * STEP, ALL = PIECE * 8 / STRIDE, MOST = SPLITS == 1 ? 4 : 8 / SPLITS;
-        constexpr int BATCH = ALL < MOST ? ALL : MOST;
-        static_assert(BATCH > 0 && ALL % BATCH == 0, "");
-        const int quad = thread() % QUADS, token = thread() / QUADS + split * STEP;
+    // This thread's rows and its share of `here` rows of x, of up to MOST blocks. Several are read before the first is
+    // used: other blocks' memory is far.
+    template <int MOST>
+    static LLMKERN_DEVICE void put(uint16_t* to, const float* from, int here, int n, int rows, int split, int splits) {
+        constexpr int BATCH = MOST > 1 ? 8 / MOST : PIECE * 8 / STEP < 4 ? PIECE * 8 / STEP : 4;
+        const int stride = splits * STEP, quad = thread() % QUADS, token = thread() / QUADS + split * STEP;
         const Floats4 factor = reinterpret_cast<const Floats4*>(Ring::factors())[quad];
         const Floats4 bias = reinterpret_cast<const Floats4*>(Ring::biases())[quad];
-        from += token * PITCH, to += int64_t(token) * n;
 #pragma unroll 1
-        for (int first = token; first < here; first += BATCH * STRIDE) {
-            Floats4 parts[BATCH][SPLITS];
+        for (int first = token; first < here; first += BATCH * stride) {
+            Floats4 parts[BATCH][MOST];
 #pragma unroll
             for (int b = 0; b < BATCH; b++)
 #pragma unroll
-                for (int rank = 0; rank < SPLITS; rank++) {
-                    const Floats4* const at = reinterpret_cast<const Floats4*>(from + b * STRIDE * PITCH);
-                    parts[b][rank] = SPLITS == 1 ? *at : load_cluster(at, rank);
+                for (int rank = 0; rank < MOST; rank++) {
+                    const int at = smaller(first + b * stride, PIECE * 8 - 1) * PITCH;
+                    const Floats4* const mine = reinterpret_cast<const Floats4*>(from + at);
+                    if (MOST == 1)
+                        parts[b][rank] = *mine;
+                    else if (rank < splits)
+                        parts[b][rank] = load_cluster(mine, rank);
                 }
 #pragma unroll
             for (int b = 0; b < BATCH; b++) {
@@ -80,13 +76,13 @@ struct WgmmaStore {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
 #pragma unroll
-                    for (int rank = 1; rank < SPLITS; rank++) sum.f[i] += parts[b][rank].f[i];
+                    for (int rank = 1; rank < MOST; rank++)
+                        if (rank < splits) sum.f[i] += parts[b][rank].f[i];
                     sum.f[i] = sum.f[i] * factor.f[i] + bias.f[i];
                 }
-                if (first + b * STRIDE < here) put_quad(to, sum, smaller(rows, 4), n % 4 == 0);
-                to += int64_t(STRIDE) * n;
+                const int at = first + b * stride;
+                if (at < here) put_quad(to + int64_t(at) * n, sum, smaller(rows, 4), n % 4 == 0);
             }
-            from += BATCH * STRIDE * PITCH;
         }
     }
 

@@ -26,41 +26,39 @@ namespace llmkern::cuda {
 
 enum class Scaling { ROW, STAGE, UNIT };  // a scale for: a row, in the end; 64 columns of it; 16 bytes of its codes
 
-template <class Format, class T, int ROW_TILES, int TOKENS>
+template <class Format, class T, int WARPGROUPS, int TOKENS>
 struct WgmmaTile {
-    using Ring = WgmmaRing<Format, T, ROW_TILES, TOKENS>;
+    using Ring = WgmmaRing<Format, T, WARPGROUPS, TOKENS>;
     static constexpr int STEPS = TILE_COLUMNS / 16;
     static constexpr bool INT4 = Format::LANE_COLUMNS == 32;
     static constexpr int UNIT_STEPS = INT4 ? 2 : 1;  // of 16 bytes of codes
     using Whole = WgmmaStore<T, Ring, Ring::STORE_TILES, false>;
-    using Divided = WgmmaStore<T, Ring, 8, true>;
-    static_assert(Whole::BYTES <= Ring::STORE_BYTES && Divided::BYTES <= Ring::STAGES * Ring::STAGE_BYTES, "");
-    using Left = uint32_t[ROW_TILES][4];
+    using Divided = WgmmaStore<T, Ring, TOKENS / 8, true>;  // all at once, where stages were
+    static constexpr bool DIVIDED = Ring::BLOCKS == 1;
+    static_assert(Whole::BYTES <= Ring::STORE_BYTES, "");
+    static_assert(!DIVIDED || Divided::BYTES <= Ring::STAGES * Ring::STAGE_BYTES, "");
+    using Left = uint32_t[4];
 
     const WgmmaArgs& all;
     const TileArgs& args = all.tile;
     const int g = thread() % 32 / 4, c = thread() % 4;
-    const int warpgroup = thread() / 128, warp = thread() / 32 % 4;
+    const int first_row = thread() / 32 * 16;  // of a warp's, in the block
     const uint32_t selector = Format::neighbour_selector(c % Format::PAIRS);
     uint32_t codes_at[Ring::UNITS];  // of this lane's row, in a stage
-    float acc[ROW_TILES][TOKENS / 8][4];
-    uint32_t words[ROW_TILES][2][2];  // of a step
-    TileScale scales[ROW_TILES][2];
+    float acc[TOKENS / 8][4];
+    uint32_t words[2][2];  // of a step
+    TileScale scales[2];
 
     explicit LLMKERN_DEVICE WgmmaTile(const WgmmaArgs& args) : all(args) {
 #pragma unroll
         for (int unit = 0; unit < Ring::UNITS; unit++)
-            codes_at[unit] = settle(uint32_t(Ring::code_unit(row_of(0) + g, unit) + (INT4 ? 0 : c / 2 * 4)));
+            codes_at[unit] = settle(uint32_t(Ring::code_unit(first_row + g, unit) + (INT4 ? 0 : c / 2 * 4)));
     }
 
-    LLMKERN_DEVICE int row_of(int r) const { return (warpgroup * ROW_TILES + r) * 64 + warp * 16; }
-
     LLMKERN_DEVICE void fetch_scales(int at, int slot) {
-        const TileScale* const from = Ring::scales(at) + slot * Ring::ROWS + g;
+        const TileScale* const from = Ring::scales(at) + slot * Ring::ROWS + first_row + g;
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) scales[r][h] = from[row_of(r) + 8 * h];
+        for (int h = 0; h < 2; h++) scales[h] = from[8 * h];
     }
 
     // From shared memory, what the decoding of a step needs.
@@ -69,37 +67,32 @@ struct WgmmaTile {
         if (SCALING == Scaling::STAGE ? step == 0 : SCALING == Scaling::UNIT && step % UNIT_STEPS == 0)
             fetch_scales(at, step / UNIT_STEPS);
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint8_t* const from =
-                    Ring::codes(at) + codes_at[step / UNIT_STEPS] + (r * 64 + h * 8) * Ring::PITCH;
-                if (INT4) {
-                    const Words2 both = reinterpret_cast<const Words2*>(from)[step % 2];
-                    words[r][h][0] = both.w[0], words[r][h][1] = both.w[1];
-                } else {
-                    const uint32_t* const mine = reinterpret_cast<const uint32_t*>(from);
-                    words[r][h][0] = mine[0], words[r][h][1] = mine[2];
-                }
+        for (int h = 0; h < 2; h++) {
+            const uint8_t* const from = Ring::codes(at) + codes_at[step / UNIT_STEPS] + h * 8 * Ring::PITCH;
+            if (INT4) {
+                const Words2 both = reinterpret_cast<const Words2*>(from)[step % 2];
+                words[h][0] = both.w[0], words[h][1] = both.w[1];
+            } else {
+                const uint32_t* const mine = reinterpret_cast<const uint32_t*>(from);
+                words[h][0] = mine[0], words[h][1] = mine[2];
             }
+        }
     }
 
     template <Scaling SCALING>
     LLMKERN_DEVICE void decode(Left& left) const {
 #pragma unroll
-        for (int r = 0; r < ROW_TILES; r++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t pair = Format::template neighbours<T>(words[r][h][i], selector, scales[r][h].offset);
-                    left[r][2 * i + h] = SCALING == Scaling::ROW ? pair : fma2<T>(pair, scales[r][h].scale, MINUS_ZERO);
-                }
+            for (int h = 0; h < 2; h++) {
+                const uint32_t pair = Format::template neighbours<T>(words[h][i], selector, scales[h].offset);
+                left[2 * i + h] = SCALING == Scaling::ROW ? pair : fma2<T>(pair, scales[h].scale, MINUS_ZERO);
+            }
     }
 
-    static LLMKERN_DEVICE void wait_full(const typename Ring::Cursor& stage) {
+    LLMKERN_DEVICE void wait_full(const typename Ring::Cursor& stage) const {
         stage.wait_full();
-        fence_async();
+        if (!all.engine) fence_async();
     }
 
     template <Scaling SCALING>
@@ -111,7 +104,7 @@ struct WgmmaTile {
         fetch<SCALING>(at, 0);
         decode<SCALING>(left[0]);
         for (int stage = part.first; stage < part.last; stage++) {
-            const uint8_t* const x = Ring::x(next.at);
+            const uint64_t x = describe(Ring::x(next.at), 0);
             const int before = at;
             at = next.at;
             next.next();
@@ -124,37 +117,36 @@ struct WgmmaTile {
                     wait_full(next);
                     fetch<SCALING>(next.at, 0);
                 }
-                const uint64_t right = describe(x, step * 32);
                 wgmma_fence();
-#pragma unroll
-                for (int r = 0; r < ROW_TILES; r++) wgmma<T, TOKENS>(acc[r], left[step % 2][r], right);
+                wgmma<T, TOKENS>(acc, left[step % 2], x + step * (32 / 16));
                 wgmma_commit();
                 wgmma_wait<1>();  // the step before, whose registers are free now
-                if (step == 0 && stage > part.first) Ring::arrive(Ring::empty(before));
+                if (step == 0) Ring::release(before, stage > part.first);
                 if (step + 1 < STEPS || more) decode<SCALING>(left[(step + 1) % 2]);
             }
         }
         wgmma_wait<0>();
-        Ring::arrive(Ring::empty(at));
+        Ring::release(at, true);
+    }
+
+    // Factor and bias of a row, for the store: in shared memory, as registers are short.
+    LLMKERN_DEVICE void keep_of_rows(int row) const {
+        Whole::sync_users();  // those of the tile before have been read
+        if (thread() >= Ring::ROWS) return;
+        row = smaller(row, int(args.out.n) - 1);
+        Ring::factors()[thread()] = row_factor<T>(args, row);
+        Ring::biases()[thread()] = args.out.bias ? load_float(args.out.bias, row, args.out.bias_dtype) : 0;
     }
 
     LLMKERN_DEVICE void run(int split) {
-        const auto row_of_tile = [this](int r) { return row_of(r); };
         typename Ring::Cursor next;
-        for (int tile = block_x(); tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
-            const auto part = WgmmaPart::of<Ring::ROWS, TOKENS>(all, tile, split);
+        for (int tile = block_x() / Ring::BLOCKS; tile < all.row_blocks * all.token_blocks; tile += all.blocks) {
+            const auto part = WgmmaPart::of<Ring>(all, tile, split);
 #pragma unroll
-            for (int r = 0; r < ROW_TILES; r++)
+            for (int t = 0; t < TOKENS / 8; t++)
 #pragma unroll
-                for (int t = 0; t < TOKENS / 8; t++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) acc[r][t][i] = 0;
-            const int row = part.first_row + thread();
-            float of_row[2] = {1, 0};
-            if (thread() < Ring::ROWS && row < args.out.n) {
-                of_row[0] = row_factor<T>(args, row);
-                if (args.out.bias) of_row[1] = load_float(args.out.bias, row, args.out.bias_dtype);
-            }
+                for (int i = 0; i < 4; i++) acc[t][i] = 0;
+            keep_of_rows(part.first_row + thread());
             if (part.first < part.last) {
                 if (args.groups <= 1)
                     multiply<Scaling::ROW>(part, next);
@@ -163,33 +155,36 @@ struct WgmmaTile {
                 else
                     multiply<Scaling::UNIT>(part, next);
             }
-            if (args.splits > 1)  // the only tile: the stages have been used
-                Divided::run(acc, reinterpret_cast<float*>(Ring::x(0)), args, part, split, of_row, row_of_tile);
-            else
-                Whole::run(acc, Ring::store_place(), args, part, 0, of_row, row_of_tile);
+            if constexpr (DIVIDED)
+                if (args.splits > 1)  // the only tile: the stages have been used
+                    return Divided::run(acc, reinterpret_cast<float*>(Ring::x(0)), args, part, split, first_row);
+            Whole::run(acc, Ring::store_place(), args, part, 0, first_row);
         }
+        if (Ring::BLOCKS > 1) sync_cluster();  // nobody leaves while the other says there that it has used a stage
     }
 };
 
-template <class Format, class T, int ROW_TILES, int TOKENS>
-__global__ void __launch_bounds__(384, 1) wgmma_kernel(WgmmaArgs args) {
+template <class Format, class T, int WARPGROUPS, int TOKENS>
+__global__ void __launch_bounds__(WARPGROUPS * 128 + 128, 1)
+    wgmma_kernel(WgmmaArgs args, LLMKERN_GRID_CONSTANT TensorMap x, LLMKERN_GRID_CONSTANT TensorMap codes) {
 #if LLMKERN_HAS_WGMMA
-    using Tile = WgmmaTile<Format, T, ROW_TILES, TOKENS>;
+    using Tile = WgmmaTile<Format, T, WARPGROUPS, TOKENS>;
     using Ring = typename Tile::Ring;
-    static_assert(Ring::THREADS == 384, "");
     using Copy = WgmmaCopy<Ring>;
     using Scales = WgmmaScales<Ring, Format, T>;
-    Ring::init(Copy::THREADS + Scales::THREADS / 32);
+    Ring::init((args.engine ? 1 : Copy::THREADS) + Scales::THREADS / 32);
     dependency_wait();
     if (thread() < Ring::USERS) {
-        more_registers<224>();
+        more_registers<(WARPGROUPS < 4 ? 224 : TOKENS < 128 ? 104 : 112)>();
         Tile(args).run(block_y());
     } else {
-        fewer_registers<56>();
-        if (thread() / 64 % 2 == 0)
-            Copy(args.tile).run(args, block_y());
-        else
+        fewer_registers<(WARPGROUPS < 4 ? 56 : TOKENS < 128 ? 64 : 32)>();
+        if (thread() / 64 % 2)
             Scales(args.tile).run(args, block_y());
+        else if (!args.engine)
+            Copy(args.tile).run(args, block_y());
+        else if (thread() == Ring::USERS)
+            fill_by_engine<Ring>(args, x, codes, block_y());
     }
 #endif
 }

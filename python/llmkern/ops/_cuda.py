@@ -22,7 +22,8 @@ ORDER = ("wgmma", "mma", "ring", "stream", "wgmma_int8", "mma_int8", "stream_int
 OLDEST = dict.fromkeys(ORDER, (8, 0)) | dict.fromkeys(("wgmma", "ring", "wgmma_int8"), (9, 0))  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 RING_MAJORS = (9, 10)  # with shared memory of 227 KB for a block, and clusters
-WGMMA_TOKEN_TILES = (4, 6, 8, 10, 12, 16, 19)  # with 16 row tiles, csrc/cuda/linear/launch_wgmma.h
+CLUSTERS = (132, 66, 40, 30, 22, 20, 15, 15)  # of 1 to 8 blocks, on 132 multiprocessors: see `active_clusters`
+WGMMA_TOKEN_TILES = {16: (4, 6, 8, 10, 12, 16), 8: (8, 16, 32)}  # by row tiles, csrc/cuda/linear/launch_wgmma.h
 
 
 class Gpu(NamedTuple):
@@ -108,29 +109,46 @@ def wgmma_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
     """Sizes of `cuda.wgmma`: those that need the fewest clocks, see `_wgmma_clocks`.
 
     Blocks of 256 rows of w, or of 128 where there are not enough of the others; the smallest for the rows of x where
-    one block takes them all, so that a row more costs a little more.
+    one block takes them all, so that a row more costs a little more. From 129 rows of x on, 128 rows of w by 256 of x
+    too, whose weights are decoded half as often.
     """
-    few = next((tiles for tiles in WGMMA_TOKEN_TILES if m <= 8 * tiles), 0)
-    sizes = [(16, few)] if few else [(16, tiles) for tiles in WGMMA_TOKEN_TILES if tiles >= 8]
-    sizes += [(8, tiles) for tiles in (8, 16) if tiles >= few]
-    plans = [Plan(*size, splits) for size in sizes for splits in (1, 2, 4, 8) if splits == 1 or 256 * splits <= k]
+    plans = []
+    for row_tiles, all_tiles in WGMMA_TOKEN_TILES.items():
+        enough = next((tiles for tiles in all_tiles if m <= 8 * tiles), all_tiles[-1])
+        for tiles in all_tiles:
+            if tiles == enough or (m > 128 and tiles >= 8):
+                most = 1 if tiles == 32 else 8
+                plans += [Plan(row_tiles, tiles, splits) for splits in range(1, most + 1) if 256 * splits <= max(k, 256)]
     return min(plans, key=lambda plan: _wgmma_clocks(gpu, plan, m, n, k, 1024 // lane_columns))
 
 
 def _wgmma_clocks(gpu: Gpu, plan: Plan, m: int, n: int, k: int, row_bytes: int) -> float:
     """About how long `cuda.wgmma` takes. row_bytes: of 64 columns of a row of w.
 
-    A stage of 64 columns waits for the tensor cores (2048 products in a clock), the instructions that decode it, or
-    L2, which gives every multiprocessor 24 bytes in a clock, and a few of them up to 40. Blocks that divide K pass all
-    sums through shared memory, to and fro.
+    A stage of 64 columns waits for the tensor cores (2048 products in a clock, and a little of what decodes for them),
+    the instructions that decode it, one warp's chain of decoding and multiplying, or L2, which gives every
+    multiprocessor 24 bytes in a clock, and a few of them up to 40; with 256 rows of x two blocks share them. Blocks
+    that divide K pass all sums through shared memory, to and fro.
     """
+    pair = 2 if plan.token_tiles == 32 else 1
     rows, tokens = 16 * plan.row_tiles, 8 * plan.token_tiles
-    tiles = -(-n // rows) * -(-m // tokens)
-    busy = min(tiles * plan.splits, gpu.multiprocessors)
+    tiles = -(-n // (pair * rows)) * -(-m // tokens)
+    room = active_clusters(gpu, pair * plan.splits)
+    busy = min(tiles, room) * pair * plan.splits
     received = min(40.0, 24.0 * gpu.multiprocessors / busy)
-    stage = max(rows * tokens / 32, 2 * rows + tokens, (128 * tokens + row_bytes * rows) / received)
-    end = 500 + rows * tokens * (1 / 4 if plan.splits > 1 else 1 / 16)
-    return -(-tiles * plan.splits // gpu.multiprocessors) * (-(-k // (64 * plan.splits)) * stage + end)
+    came = 128 * tokens / pair + row_bytes * rows
+    decoding = rows * (2.6 + row_bytes / 56)
+    stage = max(rows * tokens / 32 + decoding / 10, decoding, 650, came / received)
+    end = 500 + rows * tokens * (1 / 4 if plan.splits > 1 else 1 / 16) + (1500 if plan.splits > 1 else 0)
+    return -(-tiles // room) * (-(-k // (64 * plan.splits)) * stage + end)
+
+
+def active_clusters(gpu: Gpu, blocks: int) -> int:
+    """How many clusters of so many blocks, each with a multiprocessor of its own, run at once: one too many waits.
+
+    A cluster is in one of several parts of a GPU, in each of which some multiprocessors may be left over.
+    """
+    return max(CLUSTERS[blocks - 1] * gpu.multiprocessors // 132, 1)
 
 
 def _blocks(n: int, row_tiles: int) -> int:
