@@ -227,7 +227,7 @@ def test_every_size_has_a_kernel(gpu: Gpu) -> None:
             assert not _cuda._refused(kernel, gpu)
             for forced in {kernel, "stream", "mma"}:
                 plan = _cuda.codes_plan(forced, gpu, m, n, k, 32)
-                most = 8 if gpu.capability >= (9, 0) and plan.token_tiles != 32 else 1
+                most = 8 if gpu.capability >= (9, 0) and plan.token_tiles <= 16 else 1
                 assert plan.splits in range(1, most + 1) if forced == "wgmma" else plan.splits in (1, 2, 4, 8)[:most]
                 if forced == "mma":
                     assert plan.row_tiles in (4, 8)
@@ -263,7 +263,19 @@ def test_large_products_leave_few_multiprocessors_idle() -> None:
             blocks = plan.splits * -(-m // (8 * plan.token_tiles)) * -(-n // (16 * plan.row_tiles))
             done = -(-blocks // GPU.multiprocessors) * GPU.multiprocessors
             done *= 128 * plan.row_tiles * plan.token_tiles // plan.splits
-            assert done <= 1.1 * m * n, (n, k, m, plan, done / (m * n))
+            assert done <= 1.2 * m * n, (n, k, m, plan, done / (m * n))
+
+
+def test_no_cluster_waits_for_another() -> None:
+    """Blocks that divide K are all there at once: a cluster too many takes as long as all of them."""
+    assert [_cuda.active_clusters(GPU, blocks) for blocks in (1, 2, 4, 8)] == [132, 66, 30, 15]
+    assert _cuda.active_clusters(Gpu((9, 0), 8), 8) == 1
+    for n, k in ((14336, 4096), (4096, 14336), (4096, 4096), (6144, 4096)):
+        for m in (17, 32, 64, 100, 128):
+            plan = _cuda.wgmma_plan(GPU, m, n, k, 32)
+            tiles = -(-n // (16 * plan.row_tiles)) * -(-m // (8 * plan.token_tiles))
+            assert tiles <= _cuda.active_clusters(GPU, plan.splits), (n, k, m, plan)
+            assert tiles * plan.splits > 0.65 * GPU.multiprocessors, (n, k, m, plan)
 
 
 def test_rows_yield_only_to_later_ones() -> None:

@@ -84,6 +84,11 @@ LLMKERN_DEVICE void copy_tile(void* to, const TensorMap& map, int column, int ro
         : "memory");
 }
 
+// The map itself, which the first tile would wait for.
+LLMKERN_DEVICE void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
 // Into L2 only: no reading of it.
 LLMKERN_DEVICE void prefetch_tile(const TensorMap& map, int column, int row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(reinterpret_cast<uint64_t>(&map)),
@@ -105,6 +110,7 @@ LLMKERN_DEVICE void copy_tile_to(uint16_t blocks, void* to, const TensorMap& map
 LLMKERN_DEVICE void barrier_expect(Barrier*, int) {}
 LLMKERN_DEVICE void fence_barriers() {}
 LLMKERN_DEVICE void barrier_arrive_at_if(bool, Barrier*, int) {}
+LLMKERN_DEVICE void prefetch_map(const TensorMap&) {}
 LLMKERN_DEVICE void prefetch_tile(const TensorMap&, int, int) {}
 LLMKERN_DEVICE void copy_bytes(void*, const void*, int, Barrier*) {}
 LLMKERN_DEVICE void copy_tile(void*, const TensorMap&, int, int, Barrier*) {}

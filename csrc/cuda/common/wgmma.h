@@ -48,9 +48,9 @@ LLMKERN_DEVICE void wgmma(float (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
 #define LLMKERN_D48 LLMKERN_D40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define LLMKERN_D64 LLMKERN_D40 ", " LLMKERN_TEN(4) ", " LLMKERN_TEN(5) ", %60, %61, %62, %63"
 #define LLMKERN_D80 LLMKERN_D40 ", " LLMKERN_TEN(4) ", " LLMKERN_TEN(5) ", " LLMKERN_TEN(6) ", " LLMKERN_TEN(7)
-#define LLMKERN_D128 \
-    LLMKERN_D80 ", " LLMKERN_TEN(8) ", " LLMKERN_TEN(9) ", " LLMKERN_TEN(10) ", " LLMKERN_TEN(11) ", %120, %121, %122, %123, " \
-                "%124, %125, %126, %127"
+#define LLMKERN_D100 LLMKERN_D80 ", " LLMKERN_TEN(8) ", " LLMKERN_TEN(9)
+#define LLMKERN_D120 LLMKERN_D100 ", " LLMKERN_TEN(10) ", " LLMKERN_TEN(11)
+#define LLMKERN_D128 LLMKERN_D120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define LLMKERN_SUM(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 #define LLMKERN_SUMS4 LLMKERN_SUM(0), LLMKERN_SUM(1), LLMKERN_SUM(2), LLMKERN_SUM(3)
 #define LLMKERN_SUMS6 LLMKERN_SUMS4, LLMKERN_SUM(4), LLMKERN_SUM(5)
@@ -59,9 +59,8 @@ LLMKERN_DEVICE void wgmma(float (&d)[TOKENS / 8][4], uint64_t a, uint64_t b);
 #define LLMKERN_SUMS12 LLMKERN_SUMS10, LLMKERN_SUM(10), LLMKERN_SUM(11)
 #define LLMKERN_SUMS16 LLMKERN_SUMS12, LLMKERN_SUM(12), LLMKERN_SUM(13), LLMKERN_SUM(14), LLMKERN_SUM(15)
 #define LLMKERN_FOUR_SUMS(a, b, c, d) LLMKERN_SUM(a), LLMKERN_SUM(b), LLMKERN_SUM(c), LLMKERN_SUM(d)
-#define LLMKERN_SUMS32                                                                    \
-    LLMKERN_SUMS16, LLMKERN_FOUR_SUMS(16, 17, 18, 19), LLMKERN_FOUR_SUMS(20, 21, 22, 23), \
-        LLMKERN_FOUR_SUMS(24, 25, 26, 27), LLMKERN_FOUR_SUMS(28, 29, 30, 31)
+#define LLMKERN_SUMS24 LLMKERN_SUMS16, LLMKERN_FOUR_SUMS(16, 17, 18, 19), LLMKERN_FOUR_SUMS(20, 21, 22, 23)
+#define LLMKERN_SUMS32 LLMKERN_SUMS24, LLMKERN_FOUR_SUMS(24, 25, 26, 27), LLMKERN_FOUR_SUMS(28, 29, 30, 31)
 
 // Both forms of one shape for one type: d += (1 x) a (1 x) b, b not transposed. `registers` of d, in `tiles` tiles.
 #define LLMKERN_WGMMA_TYPE(T, type, tokens, tiles, registers, a0, a1, a2, a3, b0)                         \

@@ -84,21 +84,24 @@ struct Int4 {
         x[2] = permute(b, d, 0x5410), x[3] = permute(b, d, 0x7632);
     }
 
-    // The pair of columns 2i and 2i + 1 of a word, with neighbour_selector(i) and neighbour_offset(zero).
+    // The pair of columns 2i and 2i + 1 of a word, with neighbour_selector(i) and neighbour_offset(zero). ALONE:
+    // nothing else of the word is used, so no shift can be shared, and a product puts a byte's nibbles 16 bits apart:
+    // shifts, masks and permutations have one half-rate pipe together, products another.
     static LLMKERN_DEVICE uint32_t neighbour_selector(int i) { return i * 0x1111 + 0x4400; }
     template <class T>
     static LLMKERN_DEVICE uint32_t neighbour_offset(int zero) {
         const auto both = offset<T>(zero);
         return std::is_same_v<T, F16> ? permute(both.low, both.high, 0x7610) : both.low;
     }
-    template <class T>
+    template <class T, bool ALONE = false>
     static LLMKERN_DEVICE uint32_t neighbours(uint32_t word, uint32_t selector, uint32_t offset) {
         if constexpr (std::is_same_v<T, F16>) {
             // The byte in both halves; the upper one's nibble counts sixteens.
             const uint32_t bytes = permute(word, word, selector);
             return fma2<T>(mask_or(bytes, 0x00f0000f, Magic<T>::PAIR), Magic<T>::ONE_AND_SIXTEENTH, offset);
         } else {
-            const uint32_t nibbles = permute(word, word >> 4, selector);
+            const uint32_t nibbles =
+                ALONE ? permute(word, 0, (selector & 0xf) | 0x4440) * 0x1001 : permute(word, word >> 4, selector);
             return fma2<T>(mask_or(nibbles, 0x000f000f, Magic<T>::PAIR), Magic<T>::ONE, offset);
         }
     }
@@ -161,7 +164,7 @@ struct Int8 {
     static LLMKERN_DEVICE uint32_t neighbour_offset(int zero) {
         return offset<T>(zero).pair;
     }
-    template <class T>
+    template <class T, bool ALONE = false>
     static LLMKERN_DEVICE uint32_t neighbours(uint32_t word, uint32_t selector, uint32_t offset) {
         if constexpr (std::is_same_v<T, F16>) {
             return fma2<T>(permute(word ^ 0x80808080, Magic<T>::PAIR >> 8, selector), Magic<T>::ONE, offset);

@@ -39,8 +39,8 @@ void launch_wgmma_tile(const char* name, const LinearArgs& l, const TileArgs& ti
 
 template <class Format>
 void launch_wgmma(const char* name, const CodesArgs& args, int row_bytes, const Plan& plan) {
-    if (plan.splits < 1 || plan.splits > 8 || (plan.token_tiles == 32 && plan.splits > 1))
-        throw std::runtime_error(std::string(name) + ": K is divided by up to 8, with 256 rows of x not at all");
+    if (plan.splits < 1 || plan.splits > 8 || (plan.token_tiles > 16 && plan.splits > 1))
+        throw std::runtime_error(std::string(name) + ": K is divided by up to 8, with over 128 rows of x not at all");
     const TileArgs tile = tile_args<Format>(name, args, row_bytes, plan);
     by_type(name, args.linear.x_dtype, [&](auto type) {
 #define LLMKERN_WGMMA_TILE(warpgroups, tokens)                              \

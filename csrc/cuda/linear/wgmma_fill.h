@@ -11,6 +11,16 @@
 
 namespace llmkern::cuda {
 
+// By one thread, before what earlier kernels write is there: codes of the first stages, on their way to L2.
+template <class Ring>
+LLMKERN_DEVICE void prefetch_by_engine(const WgmmaArgs& all, const TensorMap& x, const TensorMap& codes, int split) {
+    prefetch_map(x);
+    const auto part = WgmmaPart::of<Ring>(all, block_x() / Ring::BLOCKS, split);
+#pragma unroll 1
+    for (int stage = part.first; stage < smaller(part.first + Ring::STAGES, part.last); stage++)
+        prefetch_tile(codes, stage * Ring::PITCH, part.first_row);
+}
+
 // By one thread.
 template <class Ring>
 LLMKERN_DEVICE void fill_by_engine(const WgmmaArgs& all, const TensorMap& x, const TensorMap& codes, int split) {

@@ -6,9 +6,9 @@
 //           u ^ (row / 2 % 4)
 //   scales  [SLOTS][ROWS], a slot per 16 bytes of a row's codes: a pair of T, and what `neighbours` adds for the zero
 //
-// `full` of a stage is over when all that fill it have arrived, `empty` when all that use it have. With 256 rows of x
-// two blocks of a cluster have the same ones, of which each brings a half to both (what comes from L2 limits large
-// products): there `empty` is over when the users of both have arrived.
+// `full` of a stage is over when all that fill it have arrived, `empty` when all that use it have. With more than 128
+// rows of x two blocks of a cluster have the same ones, of which each brings a half to both (what comes from L2 limits
+// large products): there `empty` is over when the users of both have arrived.
 #pragma once
 
 #include "cuda/common/tensor_map.h"
@@ -29,7 +29,7 @@ struct WgmmaRing {
     static constexpr int ROWS = WARPGROUPS * 64, TOKENS = TOKENS_;
     using Piece = typename Format::Piece;
     static constexpr int USERS = WARPGROUPS * 128, FILLERS = 128, THREADS = USERS + FILLERS;
-    static constexpr int BLOCKS = TOKENS == 256 ? 2 : 1, X_ROWS = TOKENS / BLOCKS;  // of x that a block brings
+    static constexpr int BLOCKS = TOKENS > 128 ? 2 : 1, X_ROWS = TOKENS / BLOCKS;  // of x that a block brings
     static constexpr int LANE = Format::LANE_COLUMNS, UNITS = TILE_COLUMNS / LANE, PITCH = UNITS * 16, SLOTS = UNITS;
     static constexpr int X_BYTES = TOKENS * TILE_ROW_BYTES, STAGE_BYTES = X_BYTES + ROWS * PITCH;
     static constexpr int SCALE_BYTES = SLOTS * ROWS * int(sizeof(TileScale));

@@ -1,22 +1,22 @@
-// Many rows of x with wgmma (sm_90a). Two warpgroups multiply ROW_TILES * 64 rows of w each, decoded to registers, with
-// TOKENS rows of x in shared memory; the warps of a third one fill stages of K for them (wgmma_fill.h). While the
-// tensor cores do one step (16 columns of K), the next one is decoded.
+// Many rows of x with wgmma (sm_90a). Two or four warpgroups multiply 64 rows of w each, decoded to registers, with
+// TOKENS rows of x in shared memory; the warps of another one fill stages of K for them (wgmma_fill.h). While the
+// tensor cores do one step (16 columns of K), a warp decodes the next one: a chain of about 150 clocks, behind which
+// its own product hides with 256 rows of x, and those of three other warps of its scheduler with fewer.
 //
 // Lane c of four needs the columns 2c, 2c + 1 of each unit of 8, so all four read the same codes, and each takes its
-// own byte (int4) or two (int8). What bounds a stage of 64 columns with 256 rows of w (int4), in clocks of a
-// multiprocessor, whose shared memory moves 128 bytes in one and whose four schedulers issue an instruction each:
+// own byte (int4) or two (int8). What bounds a stage of 64 columns (int4), in clocks of a multiprocessor, whose shared
+// memory moves 128 bytes in one and whose four schedulers issue an instruction each:
 //
-//   rows of x                         128    64    32
-//   tensor cores, 2048 products      1024   512   256
-//   the two warps that decode         520   520   520   of a scheduler: 260 instructions each, 225 with scales per row
-//   a warp that fills                 110    95    85   beside them
-//   shared memory: x to wgmma         512   256   128   each warpgroup reads all of it
-//                  codes and scales   160   160   160   read by four lanes at once
-//                  what comes         208   144   112   24, 16 and 12 KiB, and scales
-//   24 bytes in a clock from L2      1024   683   512   what all multiprocessors get at once
+//   rows of w, of x                  128, 256   256, 128   256, 64   256, 32
+//   tensor cores, 2048 products          1024       1024       512       256
+//   the warps of a scheduler               330        640       630       630   160 instructions each, 145 with scales
+//                                                                               per row
+//   shared memory: x to wgmma              512        512       256       128   each warpgroup reads all of it
+//                  codes and scales         80        160       160       160
+//                  what comes              290        210       145       110
+//   24 bytes in a clock from L2            850       1024       683       512   what all multiprocessors get at once
 //
-// So 128 rows of x and more wait for the tensor cores; up to 64 the instructions and memory are about even. With 64
-// rows of x ten stages fit, 160 KiB, all of which are asked for as soon as there is room.
+// With 256 rows of x two blocks share them (wgmma_ring.h), without which L2 would take 1500 clocks.
 #pragma once
 
 #include "cuda/linear/wgmma_fill.h"
@@ -85,7 +85,7 @@ struct WgmmaTile {
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const uint32_t pair = Format::template neighbours<T>(words[h][i], selector, scales[h].offset);
+                const uint32_t pair = Format::template neighbours<T, true>(words[h][i], selector, scales[h].offset);
                 left[2 * i + h] = SCALING == Scaling::ROW ? pair : fma2<T>(pair, scales[h].scale, MINUS_ZERO);
             }
     }
@@ -173,12 +173,14 @@ __global__ void __launch_bounds__(WARPGROUPS * 128 + 128, 1)
     using Copy = WgmmaCopy<Ring>;
     using Scales = WgmmaScales<Ring, Format, T>;
     Ring::init((args.engine ? 1 : Copy::THREADS) + Scales::THREADS / 32);
-    dependency_wait();
     if (thread() < Ring::USERS) {
         more_registers<(WARPGROUPS < 4 ? 224 : TOKENS < 128 ? 104 : 112)>();
+        dependency_wait();
         Tile(args).run(block_y());
     } else {
         fewer_registers<(WARPGROUPS < 4 ? 56 : TOKENS < 128 ? 64 : 32)>();
+        if (args.engine && thread() == Ring::USERS) prefetch_by_engine<Ring>(args, x, codes, block_y());
+        dependency_wait();
         if (thread() / 64 % 2)
             Scales(args.tile).run(args, block_y());
         else if (!args.engine)

@@ -117,8 +117,8 @@ def wgmma_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
         enough = next((tiles for tiles in all_tiles if m <= 8 * tiles), all_tiles[-1])
         for tiles in all_tiles:
             if tiles == enough or (m > 128 and tiles >= 8):
-                most = 1 if tiles == 32 else 8
-                plans += [Plan(row_tiles, tiles, splits) for splits in range(1, most + 1) if 256 * splits <= max(k, 256)]
+                most = 1 if tiles > 16 else max(min(8, k // 256), 1)
+                plans += [Plan(row_tiles, tiles, splits) for splits in range(1, most + 1)]
     return min(plans, key=lambda plan: _wgmma_clocks(gpu, plan, m, n, k, 1024 // lane_columns))
 
 
@@ -127,10 +127,10 @@ def _wgmma_clocks(gpu: Gpu, plan: Plan, m: int, n: int, k: int, row_bytes: int) 
 
     A stage of 64 columns waits for the tensor cores (2048 products in a clock, and a little of what decodes for them),
     the instructions that decode it, one warp's chain of decoding and multiplying, or L2, which gives every
-    multiprocessor 24 bytes in a clock, and a few of them up to 40; with 256 rows of x two blocks share them. Blocks
-    that divide K pass all sums through shared memory, to and fro.
+    multiprocessor 24 bytes in a clock, and a few of them up to 40; with more than 128 rows of x two blocks share them.
+    Blocks that divide K pass all sums through shared memory, to and fro.
     """
-    pair = 2 if plan.token_tiles == 32 else 1
+    pair = 2 if plan.token_tiles > 16 else 1
     rows, tokens = 16 * plan.row_tiles, 8 * plan.token_tiles
     tiles = -(-n // (pair * rows)) * -(-m // tokens)
     room = active_clusters(gpu, pair * plan.splits)
