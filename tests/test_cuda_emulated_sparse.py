@@ -146,6 +146,17 @@ def test_plans_of_every_instance(
             check(run(emulated, kernel, case, x, None), case, x, None, f"{kernel}, {plan}")
 
 
+@pytest.mark.parametrize("plan", [Plan(16, 8, 1), Plan(16, 16, 1)])
+@pytest.mark.parametrize("op", OPS[:2])
+def test_more_stages_than_wait_at_a_time(
+    emulated: ModuleType, op: str, plan: Plan, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LinearCase(op, 37, 1536, value_dtype=I8 if op == "sparse24_int4_linear" else BF16)
+    monkeypatch.setattr(_cuda_sparse, "kept_plan", lambda *_, **__: plan)
+    x = torch.randn((11, case.k), generator=generator).bfloat16()
+    check(run(emulated, "wgmma", case, x, None), case, x, None, f"{plan}")
+
+
 @pytest.mark.parametrize("kernel", ["stream", "mma", "wgmma"])
 @pytest.mark.parametrize("op", OPS)
 def test_nan_stays_in_its_row(emulated: ModuleType, op: str, kernel: str, generator: torch.Generator) -> None:
