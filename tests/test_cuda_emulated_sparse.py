@@ -17,7 +17,7 @@ from test_ops import expected, make_bias
 from torch import Tensor
 
 from llmkern import testing
-from llmkern.ops import _cuda_sparse
+from llmkern.ops import _cuda_ring, _cuda_sparse
 from llmkern.ops._cuda import Gpu, Plan
 
 OPS = ("sparse24_linear", "sparse24_int4_linear", "bitmask_linear")
@@ -64,6 +64,24 @@ def stage_cases() -> list[LinearCase]:
         ]
     ]
     return floats + scaled
+
+
+RING_CASES = [
+    *(
+        LinearCase("sparse24_linear", n, k, value_dtype=dtype)
+        for n, k in ((16, 128), (48, 640), (160, 2048))
+        for dtype in (BF16, F16)
+    ),
+    *(
+        LinearCase("sparse24_int4_linear", n, k, group_size=group, value_dtype=I8, scale_dtype=scale)
+        for n, k, group, scale in (
+            (32, 128, None, BF16),
+            (64, 640, 128, F32),
+            (96, 768, 256, F16),
+            (160, 2048, 128, BF16),
+        )
+    ),
+]
 
 
 def mask_cases() -> list[LinearCase]:
@@ -126,6 +144,27 @@ def test_values(
         bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
         y = run(emulated, kernel, case, x, bias, OLD_GPU if at == 1 and kernel != "wgmma" else GPU)
         check(y, case, x, bias, f"{case}, M={m}")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", RING_CASES, ids=lambda case: f"{case.op}-{case}")
+@pytest.mark.usefixtures("poisoned")
+def test_ring_values(
+    emulated: ModuleType, case: LinearCase, dtype: torch.dtype, generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Groups of warps with tiles of their own, and clusters that divide K."""
+    if case.value_dtype in (BF16, F16) and case.value_dtype != dtype:
+        pytest.skip("values are in x's type")
+    for at, m in enumerate((1, 3, 8, 9, 17)):
+        x = torch.randn((m, case.k), generator=generator).to(dtype)
+        bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
+        splits = [(1, split) for split in (2, 4) if 128 * split <= case.k]
+        for groups, split in ((1, 1), (4, 1), *splits)[at % 2 :: 2]:
+            plan = Plan(groups, 2 if m > 8 else 1, split)
+            monkeypatch.setattr(_cuda_ring, "plan", lambda *_, plan=plan: plan)
+            y = run(emulated, "ring", case, x, bias)
+            testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}, {plan}")
 
 
 @pytest.mark.parametrize("op", OPS)

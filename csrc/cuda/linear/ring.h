@@ -246,7 +246,7 @@ struct Ring {
 #pragma unroll 1
         for (int tile = first_tile; tile < tiles; tile += tile_step, round++) {
             Sums acc = {};
-            typename Weights::Rows rows;
+            typename Weights::Rows rows{};
             weights.small_of(rows, tile, small + buffer * args.small_bytes);
 #pragma unroll 1
             for (int chunk = 0; chunk < chunks; chunk++) {
