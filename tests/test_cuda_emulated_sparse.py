@@ -249,7 +249,9 @@ def test_refusals() -> None:
 
 def test_choice() -> None:
     for gpu, ms, wgmma, kernel in [
-        (GPU, range(1, 17), True, "stream"),
+        (GPU, range(1, 17), True, "ring"),
+        (GPU, range(1, 17), False, "stream"),
+        (OLD_GPU, range(1, 17), True, "stream"),
         (GPU, (17, 65, 4096), True, "wgmma"),
         (GPU, (17, 65, 4096), False, "mma"),
         (OLD_GPU, (17, 65, 4096), True, "mma"),
@@ -258,8 +260,9 @@ def test_choice() -> None:
         for m in ms:
             assert _cuda_sparse.best(gpu, m, wgmma=wgmma) == kernel
             x = torch.zeros((m, 8))
-            for row in ("wgmma", "mma", "stream"):
-                earlier = ("wgmma", "mma", "stream").index(row) < ("wgmma", "mma", "stream").index(kernel)
+            order = ("wgmma", "mma", "ring", "stream")
+            for row in order:
+                earlier = order.index(row) < order.index(kernel)
                 assert (_cuda_sparse.yields(row, gpu, x, wgmma=wgmma) is not None) == earlier
 
 

@@ -11,14 +11,15 @@ inline int upto(int64_t value, int multiple) { return int((value + multiple - 1)
 inline int log2_of(const char* name, int value) {
     int shift = 0;
     while (1 << shift < value) shift++;
-    if (1 << shift != value) throw std::runtime_error(std::string(name) + ": no power of two: " + std::to_string(value));
+    if (1 << shift != value)
+        throw std::runtime_error(std::string(name) + ": no power of two: " + std::to_string(value));
     return shift;
 }
 
 // plan.row_tiles: groups of warps in a block, each with tiles of its own.
 template <class Weights, class T, int TOKEN_TILES>
-void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const TensorMap& first,
-                 const TensorMap& second, const Plan& plan) {
+void launch_ring(const char* name, const LinearArgs& l, RingArgs to, const TensorMap& first, const TensorMap& second,
+                 const Plan& plan) {
     constexpr int WARPS = RING_WARPS, DEPTH = RING_DEPTH<TOKEN_TILES>;
     const int64_t tiles = (l.n + 16 * Weights::TILES - 1) / (16 * Weights::TILES);
     to.k = int(l.k), to.chunks = int((l.k + Weights::CHUNK - 1) / Weights::CHUNK);

@@ -9,8 +9,10 @@ namespace llmkern::cuda {
 template <class Format, class T, RingScales SCALES, bool ZEROS>
 void launch_ring_codes(const char* name, const LinearArgs& l, const RingArgs& to, const TensorMap& codes,
                        const Plan& plan) {
-    if (plan.token_tiles == 1) return launch_ring<RingCodes<Format, T, 1, SCALES, ZEROS>, T, 1>(name, l, to, codes, codes, plan);
-    if (plan.token_tiles == 2) return launch_ring<RingCodes<Format, T, 2, SCALES, ZEROS>, T, 2>(name, l, to, codes, codes, plan);
+    if (plan.token_tiles == 1)
+        return launch_ring<RingCodes<Format, T, 1, SCALES, ZEROS>, T, 1>(name, l, to, codes, codes, plan);
+    if (plan.token_tiles == 2)
+        return launch_ring<RingCodes<Format, T, 2, SCALES, ZEROS>, T, 2>(name, l, to, codes, codes, plan);
     no_instance(name, plan);
 }
 template <class Format, class T, RingScales SCALES>
@@ -31,8 +33,8 @@ void launch_ring_codes(const char* name, const CodesArgs& args, int row_bytes, c
         throw std::runtime_error(std::string(name) + ": rows or pointers are not at multiples of 16 bytes");
     // Words of scales and zeros are read whole.
     const int64_t entries = l.n * groups;
-    if ((args.scales_dtype != DType::F32 && entries % 2) || (args.zeros && entries % 4) || !aligned_to(args.scales, 4) ||
-        !aligned_to(args.zeros, 4))
+    if ((args.scales_dtype != DType::F32 && entries % 2) || (args.zeros && entries % 4) ||
+        !aligned_to(args.scales, 4) || !aligned_to(args.zeros, 4))
         throw std::runtime_error(std::string(name) + ": scales or zeros are no whole words");
     RingArgs to{};
     to.x = l.x;

@@ -53,12 +53,14 @@ constexpr int RING_DEPTH = TOKEN_TILES == 1 ? 3 : 2;
 enum class RingScales { ROWS, SUMS, WEIGHTS };
 
 // Weights: TILES times 16 rows of a tile, CHUNK columns of a unit, SLOT_BYTES and SIDE_BYTES of a slot, and how a unit
-// comes and is multiplied (ring_codes.h, sparse/ring_kept.h). The parts of a slot lie apart, since the first ones, of the
-// copy engine, have to be at multiples of 1024 bytes, the others at multiples of 128.
+// comes and is multiplied (ring_codes.h, sparse/ring_kept.h). The parts of a slot lie apart, since the first ones, of
+// the copy engine, have to be at multiples of 1024 bytes, the others at multiples of 128.
 template <class Weights, class T, int TOKEN_TILES>
 struct Ring {
     static constexpr int WARPS = RING_WARPS, DEPTH = RING_DEPTH<TOKEN_TILES>, THREADS = WARPS * 32;
-    static constexpr int VALUES = Weights::TILES * 128, ALL_VALUES = TOKEN_TILES * VALUES;  // sums of a tile by 8 tokens
+    static constexpr int ALL_VALUES = Weights::TILES * TOKEN_TILES * 128;  // sums of a tile
+    // Of those that meet at a time: with more rows of x there is less room.
+    static constexpr int MEET = TOKEN_TILES == 1 ? Weights::TILES : 1, VALUES = MEET * 128;
     using Sums = float[Weights::TILES][TOKEN_TILES][4];
 
     const RingArgs& args;
@@ -67,13 +69,13 @@ struct Ring {
     const int64_t first_token;
     const int split, splits;
     const int first_tile, tile_step, tiles;
-    const int block_chunk, block_chunks;     // of K, of this block
-    const int first_chunk, chunks;           // of this warp, from the block's first on
-    uint8_t* const slots;                    // of this warp
+    const int block_chunk, block_chunks;  // of K, of this block
+    const int first_chunk, chunks;        // of this warp, from the block's first on
+    uint8_t* const slots;                 // of this warp
     uint8_t* const sides;
-    uint8_t* const small;                    // scales and zeros of this warp
-    float* const sums;                       // of this warp's group
-    float* const kept;                       // in a cluster: sums of every tile
+    uint8_t* const small;  // scales and zeros of this warp
+    float* const sums;     // of this warp's group
+    float* const kept;     // in a cluster: sums of every tile
     uint8_t* const x;
     Barrier* const x_there;
     Barrier* const there;  // of this warp, by slot
@@ -179,28 +181,29 @@ struct Ring {
 
     LLMKERN_DEVICE void sync_group() const { sync_threads(1 + group, group_warps * 32); }
 
-    // The sums of a tile, by all warps of the group, 8 tokens at a time.
+    // The sums of a tile, by all warps of the group: MEET times 16 rows and 8 tokens at a time.
     LLMKERN_DEVICE void finish(const Sums& acc, int tile, int round) const {
 #pragma unroll
-        for (int t = 0; t < TOKEN_TILES; t++) {
-            sync_group();  // nobody reads the last ones any more
-            float* const to = sums + in_group * VALUES + lane;
+        for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
-            for (int r = 0; r < Weights::TILES; r++)
+            for (int r = 0; r < Weights::TILES; r += MEET) {
+                sync_group();  // nobody reads the last ones any more
+                float* const to = sums + in_group * VALUES + lane;
 #pragma unroll
-                for (int i = 0; i < 4; i++) to[(r * 4 + i) * 32] = acc[r][t][i];
-            sync_group();
+                for (int i = 0; i < 4 * MEET; i++) to[i * 32] = acc[r + i / 4][t][i % 4];
+                sync_group();
+                const int first = (t * Weights::TILES + r) * 128;
 #pragma unroll 1
-            for (int at = in_group * 32 + lane; at < VALUES; at += group_warps * 32) {
-                float sum = sums[at];
+                for (int at = in_group * 32 + lane; at < VALUES; at += group_warps * 32) {
+                    float sum = sums[at];
 #pragma unroll 4
-                for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
-                if (splits == 1)
-                    store(sum, tile, t * VALUES + at);
-                else
-                    kept[round * ALL_VALUES + t * VALUES + at] = sum;
+                    for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
+                    if (splits == 1)
+                        store(sum, tile, first + at);
+                    else
+                        kept[round * ALL_VALUES + first + at] = sum;
+                }
             }
-        }
     }
 
     // In a cluster, after all tiles: their sums from all blocks.
@@ -220,7 +223,7 @@ struct Ring {
     }
 
     LLMKERN_DEVICE void store(float sum, int tile, int at) const {
-        const int from = at % 32, value = at / 32 % 4, r = at / 128 % Weights::TILES, t = at / VALUES;
+        const int from = at % 32, value = at / 32 % 4, r = at / 128 % Weights::TILES, t = at / 128 / Weights::TILES;
         const int64_t row = (int64_t(tile) * Weights::TILES + r) * 16 + from / 4 + value / 2 * 8;
         const int64_t token = first_token + t * 8 + from % 4 * 2 + value % 2;
         if (row >= args.out.n || token >= args.out.m) return;
@@ -253,8 +256,8 @@ struct Ring {
                 copy_async_wait<DEPTH - 1>();
                 barrier_wait(there + slot, parity);
                 sync_warp();  // scales that other lanes copied
-                weights.multiply(acc, slots + slot * Weights::SLOT_BYTES, sides + slot * Weights::SIDE_BYTES, rows, chunk,
-                                 x + (first_chunk + chunk) * Weights::CHUNK * 2);
+                weights.multiply(acc, slots + slot * Weights::SLOT_BYTES, sides + slot * Weights::SIDE_BYTES, rows,
+                                 chunk, x + (first_chunk + chunk) * Weights::CHUNK * 2);
                 sync_warp();
                 ask(next, slot);
                 if (++slot == DEPTH) slot = 0, parity ^= 1;

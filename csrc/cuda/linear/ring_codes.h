@@ -1,7 +1,8 @@
 // int4 and int8 weights for ring.h. Lane (g, c) uses 16 bytes of rows g, g + 8, g + 16 and g + 24.
 //
 //   slot    codes [32 rows][64 bytes], swizzled by the copy engine (tensor_map.h)
-//   side    with groups smaller than a chunk the scales and the zeros that each lane has, [2 tiles][2][32][4 bytes] each;
+//   side    with groups smaller than a chunk the scales and the zeros that each lane has, [2 tiles][2][32][4 bytes]
+//   each;
 //           otherwise these are RingSmall's
 //
 // Where codes become numbers that are too large by the same for all (BIAS, and a row's zero), the products are made
@@ -109,7 +110,8 @@ struct RingCodes {
         for (int r = 0; r < TILES; r++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                of.w[r][h] = *reinterpret_cast<const Words4*>(slot + (2 * r + h) * 512 + g * 64 + (c ^ (g >> 1)) % 4 * 16);
+                of.w[r][h] =
+                    *reinterpret_cast<const Words4*>(slot + (2 * r + h) * 512 + g * 64 + (c ^ (g >> 1)) % 4 * 16);
                 if (SCALED) of.scale[r][h] = scale_of(side, rows, r, h, group);
                 if (ZEROS) of.zero[r][h] = zero_of(side, rows, r, h, group);
             }

@@ -45,7 +45,9 @@ struct RingSmall {
         return smaller(tile * ROWS + in_tile, int(args.out.n) - 1) * args.groups;
     }
     // Of a chunk of this warp's, from that of its first chunk on.
-    LLMKERN_DEVICE int group(int chunk) const { return SCALED ? group_of(first_chunk + chunk) - group_of(first_chunk) : 0; }
+    LLMKERN_DEVICE int group(int chunk) const {
+        return SCALED ? group_of(first_chunk + chunk) - group_of(first_chunk) : 0;
+    }
     LLMKERN_DEVICE int group_of(int chunk) const { return SCALED ? args.group_size.divide(chunk * CHUNK) : 0; }
 
     LLMKERN_DEVICE bool wide() const { return args.scales_dtype == DType::F32; }

@@ -38,8 +38,7 @@ void launch_ring_kept(const char* name, const KeptArgs& args, const Plan& plan) 
     by_type(name, l.x_dtype, [&](auto type) {
         using T = decltype(type);
         if constexpr (!Kept::HALVES)
-            if (groups > 1)
-                return launch_ring_kept<Format, T, RingScales::SUMS>(name, l, to, values, positions, plan);
+            if (groups > 1) return launch_ring_kept<Format, T, RingScales::SUMS>(name, l, to, values, positions, plan);
         launch_ring_kept<Format, T, RingScales::ROWS>(name, l, to, values, positions, plan);
     });
 }

@@ -87,8 +87,8 @@ struct RingKept {
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const int row = 16 * r + 8 * h + g;
-                        codes[r][h] = *reinterpret_cast<const Words4*>(slot + row * ROW_BYTES +
-                                                                       (pair ^ (row / 4 % 2)) * 16);
+                        codes[r][h] =
+                            *reinterpret_cast<const Words4*>(slot + row * ROW_BYTES + (pair ^ (row / 4 % 2)) * 16);
                     }
             }
 #pragma unroll

@@ -148,7 +148,8 @@ def grid(
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    scales = ((high - low) / (2**bits - 1)).to(scale_dtype)
+    # By a tensor: a GPU multiplies by what a number's reciprocal rounds to, and codes would depend on the device.
+    scales = ((high - low) / low.new_full((1,), 2**bits - 1)).to(scale_dtype)
     # A scale below the dtype's range (or a group of zeros) would be 0: such a group rounds to all zeros anyway.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     if symmetric:

@@ -1,4 +1,4 @@
-"""Sizes of `cuda.ring`, the kernel for few rows of x, and what it cannot run. Mirrors csrc/cuda/linear/launch_ring.h."""
+"""Sizes of `cuda.ring`, the kernel for few rows of x, and what it cannot run; see csrc/cuda/linear/launch_ring.h."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmkern.ops._cuda import Gpu, Plan
+from llmkern.ops._cuda import Gpu, Plan, active_clusters
 
 SHARED_BYTES = 227 * 1024
 WARPS, DEPTHS = 16, {1: 3, 2: 2}  # of a block; slots of a warp, by tiles of 8 rows of x
-# Multiprocessors of 132 that clusters of so many blocks fill: a cluster is within a GPC, whose number of them is no
-# multiple of 4 (cudaOccupancyMaxActiveClusters on an H200: 66 clusters of 2, 30 of 4, 15 of 8).
-CLUSTERED = {1: 132, 2: 132, 4: 120, 8: 120}
 
 
 class Weights(NamedTuple):
-    """What the kernel has of a weight: rows of a tile, columns of a unit, bytes of a slot; columns of a group, bytes of a
-    scale (0: none), whether there are zeros, and whether the first scale is at a multiple of 16 bytes.
+    """What the kernel has of a weight: rows of a tile, columns of a unit, bytes of a slot; columns of a group, bytes of
+    a scale (0: none), whether there are zeros, and whether the first scale is at a multiple of 16 bytes.
     """
 
     rows: int
@@ -36,9 +33,7 @@ def codes(scales: Tensor, zeros: Tensor | None, group_size: int, k: int, lane_co
     chunk = 4 * lane_columns
     of_lanes = group_size < k and group_size % chunk != 0
     slot = 2048 + (512 * (1 + (zeros is not None)) if of_lanes else 0)
-    return Weights(
-        32, chunk, slot, group_size, scales.element_size(), zeros is not None, scales.data_ptr() % 16 == 0
-    )
+    return Weights(32, chunk, slot, group_size, scales.element_size(), zeros is not None, scales.data_ptr() % 16 == 0)
 
 
 def kept(values: Tensor, scales: Tensor | None, group_size: int) -> Weights:
@@ -53,7 +48,7 @@ def _up(value: int, multiple: int) -> int:
 
 
 def shared_bytes(m: int, k: int, w: Weights, splits: int, block_groups: int, rounds: int) -> int:
-    """Shared memory of a block: its part of x, slots, scales and zeros, sums; in a cluster those of every tile (rounds)."""
+    """Shared memory of a block: its part of x, slots, scales and zeros, sums; in a cluster those of all its tiles."""
     token_tiles = 2 if m > 8 else 1
     depth, chunks = DEPTHS[token_tiles], -(-k // w.chunk)
     part, group_warps = -(-chunks // splits), WARPS // block_groups
@@ -70,10 +65,10 @@ def shared_bytes(m: int, k: int, w: Weights, splits: int, block_groups: int, rou
             scales += 0 if scales % 32 else 16
         zeros = 4 * (_up(groups + 3, 4) // 4 | 1) if w.zeros else 0
         small = w.rows * (scales + zeros) * (1 + (-(-depth // narrow) if narrow else depth))
-    sums = 4 * 8 * w.rows  # of a tile by 8 rows of x
+    sums = 4 * 8 * w.rows  # of a tile by 8 rows of x; a block keeps 16 rows' at a time where x takes more room
     return (
         min(m, 8 * token_tiles) * (_up(2 * part * w.chunk, 128) + 16)
-        + WARPS * (depth * w.slot_bytes + small + sums)
+        + WARPS * (depth * w.slot_bytes + small + (sums if token_tiles == 1 else 512))
         + sums * token_tiles * rounds
         + 8 * (1 + WARPS * depth)
     )
@@ -102,15 +97,16 @@ def plan(gpu: Gpu, m: int, n: int, k: int, w: Weights) -> Plan | None:
     token_tiles = 2 if m > 8 else 1
     tiles, chunks = -(-n // w.rows), -(-k // w.chunk)
     plans: dict[tuple[float, int, int], Plan] = {}
-    for splits, usable in CLUSTERED.items():
+    for splits in (1, 2, 4, 8):
         if splits > chunks:
             break
-        blocks = min(tiles, max(1, gpu.multiprocessors * usable // 132 // splits))
+        blocks = min(tiles, active_clusters(gpu, splits))
         for groups in (1, 2, 4)[: 1 if splits > 1 else 3]:
             rounds = -(-tiles // (blocks * groups))
-            if shared_bytes(m, k, w, splits, groups, rounds if splits > 1 else 0) > SHARED_BYTES:
+            # Warps without a tile ask for nothing: where there is one round, nearly all should have one.
+            idle = groups > 1 and rounds == 1 and 10 * tiles < 9 * blocks * groups
+            if idle or shared_bytes(m, k, w, splits, groups, rounds if splits > 1 else 0) > SHARED_BYTES:
                 continue
-            # Where some blocks have fewer tiles than others, the rest of the machine waits for those.
             cost = rounds * (-(-chunks // (splits * (WARPS // groups))) + 1) + 2 * (splits > 1)
             plans[cost, splits, groups] = Plan(groups, token_tiles, splits)
     return plans[min(plans)] if plans else None
