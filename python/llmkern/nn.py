@@ -170,3 +170,13 @@ def dense_weight(linear: nn.Module) -> Tensor:
     """The weight [N, K] of a dense linear layer, a view of its parameter."""
     weight = linear.weight.detach()  # type: ignore[operator]
     return weight.T if is_conv1d(linear) else weight
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    """The names of all tensors of packed weights."""
+    return {
+        f"{name}.{buffer}"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, PackedLinear)
+        for buffer in layer._buffers
+    }
