@@ -30,6 +30,8 @@ TENSORS = {
     "Sparse24Int4Weight": ("words", "positions", "scales"),
     "BitmaskWeight": ("values", "bits", "row_offsets", "scales"),
 }
+# Bits of a code as the format stores it; None for float values.
+STORED_BITS = {"Int8Weight": 8, "Int4Weight": 4, "Sparse24Int4Weight": 4}
 
 
 class NoWeight:
@@ -58,6 +60,9 @@ class PackedLinear(nn.Module):
     change the weight). `activations="int8"` quantizes x per token on the fly (Int4Weight and Int8Weight only).
 
     The bias is the parameter it was. Gradients flow to x and the bias, never to the weight.
+
+    `method`, `num_bits` and `act_order` are a record of how the weight was made, for whoever saves it: `num_bits` (2,
+    3, 4, 8, None for float values) may be fewer than the format stores, and the codes are within their range.
     """
 
     weight = NoWeight()  # no dense weight is kept; see `unpack`
@@ -65,9 +70,13 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self, packed: PackedWeight, bias: Tensor | None = None, *, activations: str | None = None,
-        conv1d: bool = False, method: str = "",
+        conv1d: bool = False, method: str = "", num_bits: int | None = None, act_order: str | None = None,
     ) -> None:  # fmt: skip
-        """`conv1d`: the dense layer it stands for keeps its weight as [K, N]; `method`: the recipe that made it."""
+        """`conv1d`: the dense layer it stands for keeps its weight as [K, N]; `method`: the recipe that made it.
+
+        num_bits: of its codes, by default what the format stores. act_order: "static" if the solver took the columns in
+        the order of their activations. ValueError for a wrong bias or option.
+        """
         super().__init__()
         self.format = type(packed).__name__
         if self.format not in FORMATS:
@@ -75,6 +84,9 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.group_size = packed.group_size
         self.activations, self.conv1d, self.method = activations, conv1d, method
+        self.num_bits, self.act_order = _bits(packed, num_bits), act_order
+        if act_order not in (None, "static"):
+            raise ValueError(f'PackedLinear: act_order must be None or "static", got {act_order!r}')
         self._op, self._extra = _op(self.format, activations)
         tensors = packed.tensors()
         for name in TENSORS[self.format]:
@@ -87,10 +99,15 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, packed: PackedWeight, *, activations: str | None = None, method: str = ""
-    ) -> PackedLinear:
+        cls, linear: nn.Module, packed: PackedWeight, *, activations: str | None = None, method: str = "",
+        num_bits: int | None = None, act_order: str | None = None,
+    ) -> PackedLinear:  # fmt: skip
         """The layer that replaces `linear` (nn.Linear or Conv1D): its bias and training mode, with a packed weight."""
-        layer = cls(packed, linear.bias, activations=activations, conv1d=is_conv1d(linear), method=method)  # type: ignore[arg-type]
+        bias: Any = linear.bias
+        layer = cls(
+            packed, bias, activations=activations, conv1d=is_conv1d(linear), method=method, num_bits=num_bits,
+            act_order=act_order,
+        )  # fmt: skip
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,6 +142,7 @@ class PackedLinear(nn.Module):
         values = next(iter(self.packed.tensors().values())).dtype
         parts = [
             f"{self.in_features}, {self.out_features}, {self.format}, {str(values).removeprefix('torch.')}, {groups}",
+            f"num_bits={self.num_bits}" if self.num_bits != STORED_BITS.get(self.format, self.num_bits) else "",
             f"bias={self.bias is not None}",
             f"activations={self.activations}" if self.activations else "",
         ]
@@ -151,6 +169,18 @@ def _op(name: str, activations: str | None) -> tuple[str, tuple[Any, ...]]:
     if activations:
         raise ValueError(f"PackedLinear: int8 activations go with Int4Weight and Int8Weight, got {name}")
     return FORMATS[name].ops[0], ()
+
+
+def _bits(packed: PackedWeight, bits: int | None) -> int | None:
+    """The bits of the codes; ValueError for some that the format cannot have."""
+    name = type(packed).__name__
+    stored = STORED_BITS.get(name, 8 if getattr(packed, "scales", None) is not None else None)
+    if bits is None:
+        return stored
+    possible = (2, 3, 4) if stored == 4 else (stored,)
+    if type(bits) is not int or bits not in possible:
+        raise ValueError(f"PackedLinear: num_bits of {name} must be one of {possible}, got {bits!r}")
+    return bits
 
 
 def is_linear(module: nn.Module) -> bool:

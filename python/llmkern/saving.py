@@ -129,6 +129,8 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             "activations": layer.activations,
             "conv1d": layer.conv1d,
             "method": layer.method,
+            "num_bits": layer.num_bits,
+            "act_order": layer.act_order,
         }
     return tensors, extra, layers, schemes, unread
 
@@ -136,8 +138,8 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
 def _encode(layer: PackedLinear, format: str) -> ct.Stored:
     """A layer in the layout of a format. ValueError for what the format cannot hold."""
     if format == "gptq":
-        return gptq_checkpoint.encode(layer.packed)
-    stored = ct.encode(layer.packed, activations=layer.activations)
+        return gptq_checkpoint.encode(layer.packed, bits=layer.num_bits, act_order=layer.act_order)
+    stored = ct.encode(layer.packed, activations=layer.activations, bits=layer.num_bits, act_order=layer.act_order)
     if stored.scheme is None and layer.conv1d:
         return stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
     return stored
