@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from llmkern import expert_files, expert_tensors, experts
 from llmkern._json import read_object
 from llmkern._version import __version__
-from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META
+from llmkern.checkpoint_folder import CHANGED, EXTRA, FORMAT_VERSION, FORMATS, META, check_unchanged, seal
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
 from llmkern.formats.bit_words import BITS
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
 from llmkern.patching import swap_all
-from llmkern.weight_files import DTYPES, headers, parameters_on_meta, weight_paths
+from llmkern.skeleton import build
+from llmkern.weight_files import DTYPES, headers, weight_paths
 
 
 def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
@@ -32,9 +33,10 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
     folder = Path(path)
     device = torch.device("cpu" if device is None else device)
     meta = _read_meta(folder)
-    model = _skeleton(folder, meta["model_class"])
-    tensors = _read_tensors(weight_paths(folder, "load"), device)
-    extra = _read_tensors([folder / EXTRA], device) if (folder / EXTRA).exists() else {}
+    paths, beside = weight_paths(folder, "load"), [folder / EXTRA] if (folder / EXTRA).is_file() else []
+    check_unchanged(folder, meta, [*paths, *beside])
+    tensors, extra = _read_tensors(paths, device), _read_tensors(beside, device)
+    model = build(folder, _model_class(meta["model_class"]), paths, len(tensors))
     _rename(tensors, meta.get("renamed", {}))
     # A mixture of which a layer was packed was saved as `Experts`: its layers have names of their own.
     homes = {parent for name in meta["layers"] for parent in accumulate(name.split("."), "{}.{}".format)}
@@ -61,7 +63,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         )
     if meta.get("format") not in FORMATS:
         raise ValueError(f"load: {META} has format {meta.get('format')!r}; known: {', '.join(FORMATS)}")
-    for key, kind in (("model_class", str), ("layers", dict), ("tied", dict)):
+    if meta.get("seal") != seal(meta):
+        raise ValueError(f"load: {META} {CHANGED}")
+    for key, kind in (("model_class", str), ("layers", dict), ("tied", dict), ("sha256", dict), ("headers", dict)):
         if not isinstance(meta.get(key), kind):
             raise ValueError(f"load: {META} needs {key} as a {kind.__name__}, got {meta.get(key)!r}")
     return meta
@@ -86,25 +90,17 @@ def _read_tensors(paths: list[Path], device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def _skeleton(folder: Path, class_name: str) -> Any:
-    """The model without weights: its parameters on the meta device, its other buffers computed as the model does."""
+def _model_class(name: str) -> Any:
+    """A class of transformers; ValueError for what is no model of it."""
     try:
         import transformers
     except ImportError:
         raise ImportError("load: transformers is not installed; pip install 'llmkern[hf]'") from None
 
-    kind = getattr(transformers, class_name, None)
+    kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"load: {META} names the model class {class_name!r}, which transformers does not have")
-    read_object(folder / "config.json", "load")
-    config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with parameters_on_meta():
-        model = kind._from_config(config)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
+        raise ValueError(f"load: {META} names the model class {name!r}, which transformers does not have")
+    return kind
 
 
 def _restore_layer(
