@@ -105,12 +105,14 @@ def check_unchanged(folder: Path, meta: Mapping[str, Any], paths: Iterable[Path]
 
     ValueError for another index or header; a warning for another configuration, which users may change.
     """
-    sums, headers = meta["sha256"], meta["headers"]
+    sums, headers, paths = meta["sha256"], meta["headers"], list(paths)
     for path in paths:
         if headers.get(path.name) != header_digest(path):
             raise ValueError(f"load: the header of {path.name} {CHANGED}")
+    if gone := headers.keys() - {path.name for path in paths}:
+        raise ValueError(f"load: {META} lists {min(gone)}, which is not there, or not in the index")
     for path in (folder / INDEX, folder / "config.json", folder / "generation_config.json"):
-        if not path.is_file() or sums.get(path.name) == digest(path):
+        if sums.get(path.name) == (digest(path) if path.is_file() else None):
             continue
         if path.name == INDEX:
             raise ValueError(f"load: {path.name} {CHANGED}")
