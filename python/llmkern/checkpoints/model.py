@@ -21,6 +21,7 @@ from llmkern._memory import give_back
 from llmkern.checkpoints.folder import CACHE, Folder
 from llmkern.checkpoints.layers import read_layer, stack
 from llmkern.checkpoints.scheme import BadTensor, Layer, Scheme
+from llmkern.formats.bit_words import BITS
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.weight_files import Reader, parameters_on_meta, without_place
 
@@ -186,9 +187,10 @@ class Loading:
             raise ValueError(f"load: {self.folder.path}: {name}: {error}") from None
         bias = self._bias(name, module, layers)
         method = f"{self.folder.schemes.method} {read[0][0].format}"
+        bits = max(scheme.bits for scheme, _ in read)
         packed = PackedLinear(
             weight.to(self.device), bias, activations=read[0][0].activations, conv1d=is_conv1d(module), method=method,
-            input_order=None if order is None else order.to(self.device),
+            num_bits=bits if bits in BITS else None, input_order=None if order is None else order.to(self.device),
         )  # fmt: skip
         return packed.train(module.training)
 
