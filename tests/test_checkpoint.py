@@ -53,7 +53,7 @@ def patched(kind, scheme):
 @pytest.fixture(autouse=True)
 def _no_reader_warnings():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*other readers cannot")
+        warnings.filterwarnings("ignore", message=".*(other readers cannot|have zero points)")
         yield
 
 
@@ -386,7 +386,7 @@ def truncate(path):
 
 
 DAMAGE = {
-    "no meta": (lambda path: (path / "llmkern.json").unlink(), "holds no llmkern.json"),
+    "nothing": (lambda path: [(path / name).unlink() for name in ("llmkern.json", "config.json")], "no llmkern.json"),
     "broken meta": (lambda path: (path / "llmkern.json").write_text("{"), "llmkern.json cannot be read"),
     "list meta": (lambda path: (path / "llmkern.json").write_text("[]"), "must hold an object"),
     "newer": (edit(lambda meta: meta.update(format_version=99)), "format_version 99"),

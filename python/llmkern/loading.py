@@ -1,4 +1,4 @@
-"""load: a model from a folder that `save` wrote, its layers packed as they were; nothing in a file is believed."""
+"""load: a model from a folder that `save` or others wrote, its layers packed; nothing in a file is believed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from llmkern import expert_files, expert_tensors, experts
 from llmkern._json import read_object
 from llmkern._version import __version__
 from llmkern.checkpoint_folder import CHANGED, EXTRA, FORMAT_VERSION, FORMATS, META, check_unchanged, seal
+from llmkern.checkpoints import read_model
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
 from llmkern.formats.bit_words import BITS
-from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
+from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
 from llmkern.patching import swap_all
 from llmkern.skeleton import build
 from llmkern.weight_files import DTYPES, FLOATS, headers, weight_paths
@@ -25,19 +26,22 @@ from llmkern.weight_files import DTYPES, FLOATS, headers, weight_paths
 # What a layer has in the files, and beside them.
 LEAVES = (
     "weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros",
-    "scales", "g_idx", "positions", "bits",
+    "scales", "g_idx", "positions", "bits", ORDER,
 )  # fmt: skip
 
 
 def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
-    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit.
+    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit; of one that
+    others wrote (compressed-tensors, GPTQ, AWQ) by `llmkern.checkpoints`, packed too.
 
     Packed weights go straight from the file into their layers; nothing is unpickled and no code of the folder runs.
-    Raises FileNotFoundError without a folder or llmkern.json, ValueError for anything missing, unknown, of another
+    Raises FileNotFoundError without a folder of either kind, ValueError for anything missing, unknown, of another
     shape, or out of range.
     """
     folder = Path(path)
     device = torch.device("cpu" if device is None else device)
+    if not (folder / META).is_file() and (folder / "config.json").is_file():
+        return read_model(folder, device)
     meta = _read_meta(folder)
     paths, beside = weight_paths(folder, "load"), [folder / EXTRA] if (folder / EXTRA).is_file() else []
     check_unchanged(folder, meta, [*paths, *beside])
@@ -60,7 +64,7 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file():
-        raise FileNotFoundError(f"load: {folder} holds no {META}: not a folder that llmkern.save wrote")
+        raise FileNotFoundError(f"load: {folder} holds no {META} and no config.json: not a folder of a model")
     meta = read_object(folder / META, "load")
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
@@ -140,10 +144,16 @@ def _restore_layer(
             f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
         )
     decode = gptq_checkpoint.decode if format == "gptq" else ct.decode
+    beside = _take(extra, name)
+    order = beside.pop(ORDER, None)
+    if (order is not None) != bool(entry.get(ORDER)):
+        raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     try:
-        packed = decode(kind, own, _take(extra, name), shape=shape, group_size=group_size, bits=record["num_bits"])
+        packed = decode(kind, own, beside, shape=shape, group_size=group_size, bits=record["num_bits"])
         parameter = None if bias is None else nn.Parameter(bias)
-        return PackedLinear(packed, parameter, activations=activations, conv1d=is_conv1d(dense), **record)
+        return PackedLinear(
+            packed, parameter, activations=activations, conv1d=is_conv1d(dense), input_order=order, **record
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"load: layer {name}: {error}") from None
 

@@ -13,7 +13,7 @@ from llmkern import expert_files, expert_tensors, experts, streaming
 from llmkern.expert_files import Renamed
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
-from llmkern.nn import PackedLinear, packed_names
+from llmkern.nn import ORDER, PackedLinear, packed_names
 from llmkern.weight_writer import Later
 
 LARGE = 1 << 20  # bytes
@@ -39,8 +39,8 @@ class Encoded:
     @property
     def standard(self) -> bool:
         """Whether a reader that knows only the format finds every layer where it looks for it."""
-        odd = (self.layers[name]["conv1d"] or self.unread.get(name) == EXPERT for name, _, _ in self.schemes)
-        return not any(odd)
+        layers = ((self.layers[name], self.unread.get(name)) for name, _, _ in self.schemes)
+        return not any(layer["conv1d"] or ORDER in layer or reason == EXPERT for layer, reason in layers)
 
 
 def encode_model(model: nn.Module, format: str) -> Encoded:
@@ -69,10 +69,14 @@ def _add_layer(found: Encoded, name: str, layer: PackedLinear, format: str, dtyp
         found.schemes.append((name, stored.scheme, layer.activations))
         if layer.conv1d:
             found.unread[name] = "it is a Conv1D"
+        elif layer.input_order is not None:
+            found.unread[name] = "its columns are in an order of their own"
         elif packed.shape[1] % packed.group_size:
             found.unread[name] = f"K={packed.shape[1]} is not a multiple of group_size {packed.group_size}"
     found.tensors |= {f"{name}.{key}": _or_later(t, layer, format, key) for key, t in stored.tensors.items()}
     found.extra |= {f"{name}.{key}": tensor for key, tensor in stored.extra.items()}
+    if layer.input_order is not None:
+        found.extra[f"{name}.{ORDER}"] = layer.input_order
     found.layers[name] = {
         "class": layer.format,
         "shape": list(packed.shape),
@@ -82,6 +86,7 @@ def _add_layer(found: Encoded, name: str, layer: PackedLinear, format: str, dtyp
         "method": layer.method,
         "num_bits": layer.num_bits,
         "act_order": layer.act_order,
+        **({} if layer.input_order is None else {ORDER: True}),
     }
 
 
@@ -113,15 +118,19 @@ def _place_experts(found: Encoded, model: nn.Module, format: str) -> None:
 def _encode(layer: PackedLinear, format: str) -> ct.Stored:
     """A layer in the layout of a format. ValueError for what the format cannot hold."""
     if format == "gptq":
+        if layer.input_order is not None:
+            raise ValueError("gptq: columns in an order of their own are not written; use compressed-tensors")
         return gptq_checkpoint.encode(layer.packed, bits=layer.num_bits, act_order=layer.act_order)
     stored = ct.encode(layer.packed, activations=layer.activations, bits=layer.num_bits, act_order=layer.act_order)
+    if stored.scheme is None and layer.input_order is not None:
+        raise ValueError("columns in an order of their own are saved with codes only")
     if stored.scheme is None and layer.conv1d:
         return stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
     return stored
 
 
 def _dense(layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-    dense = layer.packed.unpack(dtype)
+    dense = layer.unpack(dtype)
     return dense.T.contiguous() if layer.conv1d else dense
 
 

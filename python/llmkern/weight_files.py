@@ -47,31 +47,35 @@ class Lazy:
     Read, not mapped: a mapping's pages would count as this process's memory.
     """
 
-    def __init__(self, key: str, stored: Stored) -> None:
-        self.key, self.stored = key, stored
+    def __init__(self, key: str, stored: Stored, caller: str = "stream") -> None:
+        self.key, self.stored, self.caller = key, stored, caller
 
     def __getitem__(self, at: Any) -> Tensor:
         tensor = torch.empty(self.stored.shape, dtype=DTYPES[self.stored.dtype])
         with self.stored.path.open("rb", buffering=0) as file:
             file.seek(self.stored.offset)
             if not fill(tensor, file):
-                raise ValueError(f"stream: {self.stored.path}: the file ends inside tensor {self.key!r:.100}")
+                raise ValueError(f"{self.caller}: {self.stored.path}: the file ends inside tensor {self.key!r:.100}")
         return tensor[at]
 
 
 class Files:
     """The safetensors of a folder: `tensors` by name. Headers only; nothing in a file is believed unchecked.
 
-    Raises FileNotFoundError when there are none, ValueError for a broken file or index, or a tensor that is in two.
+    Raises FileNotFoundError when there are none, ValueError for a broken file or index, or a tensor that is in two;
+    errors begin with `caller`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, caller: str = "stream", paths: list[Path] | None = None) -> None:
+        """paths: the files, where they are others than those that transformers would read."""
+        self.folder, self.caller = folder, caller
         self.tensors: dict[str, Stored] = {}
-        for path in weight_paths(folder, "stream"):
-            for key, stored in headers(path, "stream"):
+        for path in paths or weight_paths(folder, caller):
+            for key, stored in headers(path, caller):
                 if key in self.tensors:
-                    raise ValueError(f"stream: {path}: tensor {key!r:.100} is in {self.tensors[key].path.name} as well")
+                    raise ValueError(
+                        f"{caller}: {path}: tensor {key!r:.100} is in {self.tensors[key].path.name} as well"
+                    )
                 self.tensors[key] = stored
 
     def dtype(self, config: Any) -> torch.dtype:
@@ -89,22 +93,28 @@ class Files:
             if stored.dtype not in (FLOATS if tensor.is_floating_point() else DTYPES):
                 known = ", ".join(FLOATS if tensor.is_floating_point() else DTYPES)
                 raise ValueError(
-                    f"stream: {stored.path}: tensor {key!r:.100} must be one of {known}, got {stored.dtype}"
+                    f"{self.caller}: {stored.path}: tensor {key!r:.100} must be one of {known}, got {stored.dtype}"
                 )
             if not target.converted and stored.shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"stream: {stored.path}: tensor {key!r:.100} must be {list(tensor.shape)} for {target.name}, "
-                    f"got {list(stored.shape)}"
+                    f"{self.caller}: {stored.path}: tensor {key!r:.100} must be {list(tensor.shape)} for "
+                    f"{target.name}, got {list(stored.shape)}"
                 )
 
     def warn_unknown(self, model: nn.Module, unknown: list[str]) -> None:
         """Say which tensors of the files the model does not have, but for those that it knows to leave out."""
-        known = [*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        if left := [key for key in unknown if not any(re.search(pattern, key) for pattern in known)]:
+        if left := without_place(model, unknown):
             kind = type(model).__name__
             warnings.warn(
-                f"stream: {kind} has no place for {len(left)} tensors of {self.folder}, as {left[0]}", stacklevel=4
+                f"{self.caller}: {kind} has no place for {len(left)} tensors of {self.folder}, as {left[0]}",
+                stacklevel=4,
             )
+
+
+def without_place(model: nn.Module, unknown: list[str]) -> list[str]:
+    """Of tensors that the model does not have, those that it does not know to leave out either."""
+    known = [*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    return [key for key in unknown if not any(re.search(pattern, key) for pattern in known)]
 
 
 class Reader:
@@ -119,8 +129,8 @@ class Reader:
             import transformers
 
             raise ImportError(
-                f"stream: transformers {transformers.__version__} loads weights in a way this llmkern does not know "
-                f"({error}); load the whole model instead"
+                f"{files.caller}: transformers {transformers.__version__} loads weights in a way this llmkern does not "
+                f"know ({error}); load the whole model instead"
             ) from None
         mapping = get_model_conversion_mapping(model)
         self.files = files
@@ -132,33 +142,45 @@ class Reader:
 
     def targets(self, model: Any) -> tuple[dict[str, Target], list[str]]:
         """What each tensor of the files becomes, and the tensors that become nothing."""
-        from transformers.core_model_loading import rename_source_key
-
-        wanted, prefix = model.state_dict(), model.base_model_prefix
+        wanted = model.state_dict()
         targets, unknown = {}, []
         for key in self.files.tensors:
-            name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, wanted)
-            if name not in wanted and key in wanted:
-                name, pattern = key, None
+            name, pattern = self.rename(model, key, wanted)
             if name in wanted:
                 targets[key] = Target(name, pattern is not None)
             else:
                 unknown.append(key)
         return targets, unknown
 
+    def rename(self, model: Any, key: str, wanted: Mapping[str, Tensor]) -> tuple[str, str | None]:
+        """A tensor's name in the model whose state dict is `wanted`, and the pattern of the converter that makes it
+        (None: it is taken as it is).
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(
+            key,
+            self.renamings,
+            self.converters,
+            model.base_model_prefix,
+            wanted,  # type: ignore[arg-type]
+        )
+        return (key, None) if name not in wanted and key in wanted else (name, pattern)
+
     def load(self, model: Any, keys: list[str]) -> None:
         """Read these tensors into their parameters. ValueError when one does not fit or cannot be converted."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        lazy = {key: Lazy(key, self.files.tensors[key]) for key in keys}
+        caller = self.files.caller
+        lazy = {key: Lazy(key, self.files.tensors[key], caller) for key in keys}
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(model, lazy, self.config)
         if info.mismatched_keys:
             name, got, wanted = sorted(info.mismatched_keys)[0]
-            raise ValueError(f"stream: {self.files.folder}: {name} must be {list(wanted)}, got {list(got)}")
+            raise ValueError(f"{caller}: {self.files.folder}: {name} must be {list(wanted)}, got {list(got)}")
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
-            raise ValueError(f"stream: {self.files.folder}: {name}: {' '.join(str(error).split())}")
+            raise ValueError(f"{caller}: {self.files.folder}: {name}: {' '.join(str(error).split())}")
 
 
 def read_config(folder: Path) -> Any:
