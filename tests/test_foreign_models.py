@@ -391,6 +391,7 @@ def test_describe(layout, tmp_path):
     assert files - 100_000 < found.nbytes < files
     assert found.layer_bytes == sum(layer.nbytes for layer in found.layers) < found.nbytes
     json.dumps(found.to_dict())
+    assert llmkern.checkpoints.describe is describe
 
 
 def test_describe_our_own_folder(tmp_path):
