@@ -202,7 +202,7 @@ TENSORS = {
     "gptq: v1 as v2": (
         "gptq_sym", quantization(checkpoint_format="gptq_v2"), (".qzeros' must all be 8", "got 7", "as gptq stores")
     ),
-    "gptq: bias": ("gptq", put("bias", torch.zeros(128)), (f"{NAME} has a bias only in the files",)),
+    "gptq: bias": ("gptq", put("bias", torch.eye(128)[5]), (f"{NAME} has a bias only in the files",)),
     "gptq: extra": ("gptq", put("weight_scale", torch.ones(128, 1)), (f"{NAME}.weight_scale' is not a tensor",)),
     "gptq: also dense": ("gptq", put("weight", torch.ones(128, 64)), (f"{NAME}.weight' is not a tensor of this",)),
     "awq: no qzeros": ("awq", put("qzeros", None), (FILE, f"'{NAME}.qzeros' is missing")),
@@ -390,6 +390,12 @@ def test_describe_refuses_what_headers_show(case, folders, tmp_path):
         return
     with pytest.raises(ValueError, match=re.escape(FILE)):
         describe(folder)
+
+
+def test_a_bias_of_zeros_that_the_model_lacks_is_left_out(folders, tmp_path):
+    shutil.copytree(folders / "gptq" / "packed", tmp_path / "packed")
+    put("bias", torch.zeros(128))(tmp_path / "packed")
+    assert llmkern.load(tmp_path / "packed").get_submodule(NAME).bias is None
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path):
