@@ -202,7 +202,7 @@ TENSORS = {
     "gptq: v1 as v2": (
         "gptq_sym", quantization(checkpoint_format="gptq_v2"), (".qzeros' must all be 8", "got 7", "as gptq stores")
     ),
-    "gptq: bias": ("gptq", put("bias", torch.zeros(128)), (f"{NAME} has a bias only in the files",)),
+    "gptq: bias": ("gptq", put("bias", torch.eye(128)[5]), (f"{NAME} has a bias only in the files",)),
     "gptq: extra": ("gptq", put("weight_scale", torch.ones(128, 1)), (f"{NAME}.weight_scale' is not a tensor",)),
     "gptq: also dense": ("gptq", put("weight", torch.ones(128, 64)), (f"{NAME}.weight' is not a tensor of this",)),
     "awq: no qzeros": ("awq", put("qzeros", None), (FILE, f"'{NAME}.qzeros' is missing")),
@@ -226,6 +226,7 @@ TENSORS = {
     "int: zero": ("int", put("weight_scale", lambda t: t * 0), (f"{NAME}.weight_scale'", "got 0.0 at [0, 0]")),
     "int: float codes": ("int", put("weight", lambda t: t.float()), (f"{NAME}.weight' must be int8, got float32",)),
     "sparse24: three": ("sparse24", put("bitmask", at((3, 1), 0b01110011)), ("columns 12..15 of row 3, keeps 3",)),
+    "sparse24: one": ("sparse24", put("bitmask", at((3, 1), 0b00010011)), ("columns 12..15 of row 3, keeps 1",)),
     "sparse24: values": ("sparse24", put("compressed", lambda t: t[:, :16]), ("must be [128, 32], got [128, 16]",)),
     "sparse24: nan": ("sparse24", put("compressed", at((2, 3), float("nan"))), ("must be finite, got nan at [2, 3]",)),
     "sparse24: shape": ("sparse24", put("shape", torch.tensor([64, 128])), ("must be [128, 64] as in the model",)),
@@ -389,6 +390,12 @@ def test_describe_refuses_what_headers_show(case, folders, tmp_path):
         return
     with pytest.raises(ValueError, match=re.escape(FILE)):
         describe(folder)
+
+
+def test_a_bias_of_zeros_that_the_model_lacks_is_left_out(folders, tmp_path):
+    shutil.copytree(folders / "gptq" / "packed", tmp_path / "packed")
+    put("bias", torch.zeros(128))(tmp_path / "packed")
+    assert llmkern.load(tmp_path / "packed").get_submodule(NAME).bias is None
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path):
