@@ -123,6 +123,11 @@ class PackedLinear(nn.Module):
         self._buffers = {name: packed.tensors().get(name) for name in TENSORS[self.format]}
 
     @property
+    def is_share(self) -> bool:
+        """Whether it holds one rank's share of its weight."""
+        return self.shape != (self.out_features, self.in_features)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weight, without the bias."""
         return self.packed.nbytes

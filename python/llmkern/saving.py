@@ -104,6 +104,8 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
     for name, layer in model.named_modules():
         if not isinstance(layer, PackedLinear):
             continue
+        if layer.is_share:
+            raise ValueError(f"save: layer {name} holds one rank's share of its weight; load it on one rank")
         packed = layer.packed
         if format == "dense":
             shape = torch.Size(packed.shape[::-1] if layer.conv1d else packed.shape)

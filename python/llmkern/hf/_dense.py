@@ -17,7 +17,7 @@ def restore(model: Any, dtype: torch.dtype | None) -> None:
     dtype = dtype or model.dtype
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     for name, layer in packed.items():
-        if layer.shape != (layer.out_features, layer.in_features):
+        if layer.is_share:
             raise ValueError(f"dequantize: layer {name} holds one rank's share of its weight; load it on one rank")
     swap_all(model, {name: _linear(layer, dtype) for name, layer in packed.items()})
     experts.replace(model, {mixture: _fused(mixture, dtype) for mixture in experts.mixtures(model).values()})

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmkern.experts import Experts
+from llmkern.experts import mixtures
 from llmkern.formats import BitmaskWeight, PackedWeight
 from llmkern.formats.bitmask import pack_bits
 from llmkern.nn import FORMATS, PackedLinear
@@ -59,17 +59,33 @@ def rank_of(model: Any) -> Rank | None:
     return None if mesh is None else Rank(mesh.get_local_rank(), mesh.size())
 
 
-def style_of(name: str, model: Any) -> str | None:
-    """The style that the model's plan has for a layer; the layers of a mixture go by its 3-D parameters."""
-    plan: Mapping[str, str] = model.tp_plan or {}
-    home, _, rest = name.rpartition(".experts.")
-    at, _, projection = rest.partition(".")
-    if home and at.isdigit() and isinstance(model.get_submodule(f"{home}.experts"), Experts):
-        name = f"{home}.experts.{projection}"
-    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+def wildcard(name: str) -> str:
+    """A name as plans have it: `*` for each number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def share(layer: PackedLinear, packed: PackedWeight, style: str | None, rank: Rank, interleaved: bool) -> PackedWeight:
+def take_styles(model: Any, plan: dict[str, str]) -> dict[str, str]:
+    """The styles that `plan` has for 3-D parameters of mixtures that are linear layers now, out of the plan.
+
+    Left in, transformers would warn that they match nothing. What the caller asked for stays, or would be an error.
+    """
+    asked = getattr(getattr(model.config, "distributed_config", None), "tp_plan", None)
+    styles: dict[str, str] = {}
+    for home, mixture in mixtures(model).items():
+        for key in (wildcard(f"{home}.{name}{part}") for name in mixture.projections(0) for part in ("", "_bias")):
+            if isinstance(asked, dict) and key in asked:
+                styles[key] = plan[key] = asked[key]
+            elif key in plan:
+                styles[key] = plan.pop(key)
+    return styles
+
+
+def style_of(name: str, home: str, plan: Mapping[str, str]) -> str | None:
+    """The style of a layer; one of the mixture `home` (or "") goes by its 3-D parameters."""
+    return plan.get(wildcard(f"{home}.{name.rpartition('.')[2]}" if home else name))
+
+
+def share(packed: PackedWeight, style: str | None, rank: Rank, interleaved: bool) -> PackedWeight:
     """The part of a layer's weight that this rank multiplies with. interleaved: gate and up rows take turns.
 
     ValueError for a layer that the ranks cannot share alike, NotImplementedError for a style that is not known.

@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmkern import experts
-from llmkern.formats import Int4Weight
+from llmkern.formats import Int4Weight, PackedWeight
 from llmkern.hf import _dense, _parallel
 from llmkern.hf._own import Own
 from llmkern.hf._report import report_of
@@ -39,7 +39,7 @@ class LoadConfig(QuantizationConfigMixin):
         self, dequantize: bool = False, *, quant_method: str = METHOD, folder: str | None = None,
         foreign: Mapping[str, Any] | None = None, as_stored: bool = True,
     ) -> None:  # fmt: skip
-        """folder: one of llmkern.save; foreign: the quantization_config of others; as_stored: keep the file's dtypes."""
+        """folder: llmkern.save's; foreign: the quantization_config of others; as_stored: keep the files' dtypes."""
         if quant_method != self.METHOD:
             raise ValueError(f"LoadConfig: quant_method must be {self.METHOD!r}, got {quant_method!r}")
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -65,6 +65,7 @@ class LlmkernQuantizer(HfQuantizer):
         self._source: Any = None
         self._layers: dict[str, PackedLinear] = {}
         self._ties: dict[str, str] = {}
+        self._styles: dict[str, str] = {}
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
         """ValueError for more than one device, or the disk: nothing moves a packed layer between them."""
@@ -107,24 +108,18 @@ class LlmkernQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         device, rank = model.device, _parallel.rank_of(model)
-        mixtures = experts.mixtures(model)
         for name, tensor in self._source.late(model).items():
             _set(model, name, tensor if self.quantization_config.as_stored else _cast(tensor, model), device)
         for name, layer in self._layers.items():
             try:
                 packed = self._source.read(name, layer)
                 if rank is not None:
-                    style = _parallel.style_of(name, model)
-                    mixture = mixtures.get(name.rsplit(".", 2)[0])
-                    mixed = mixture is not None and not getattr(mixture.gating, "is_concatenated", True)
-                    packed = _parallel.share(layer, packed, style, rank, mixed)
-                    if mixture is not None:
-                        _parallel.cut_bias(layer, style, rank, mixed)
+                    packed = self._share(model, name, layer, packed, rank)
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise type(error)(f"from_pretrained: layer {name}: {error}") from None
             layer.fill(packed.to(device))
         for name, source in self._ties.items():
-            owner, _, leaf = name.rpartition(".")
+            owner, leaf = name.rpartition(".")[::2]
             model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
         self.report = report_of(model, self._layers, self._source)
         self._source.close()
@@ -132,6 +127,25 @@ class LlmkernQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             _dense.restore(model, model.dtype)
         return model
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Keep what the plan says of experts; transformers no longer finds their parameters."""
+        if plan is model.tp_plan:
+            self._styles = _parallel.take_styles(model, plan)
+
+    def _share(self, model: Any, name: str, layer: PackedLinear, packed: PackedWeight, rank: Any) -> PackedWeight:
+        """This rank's share of a layer's weight."""
+        home = name.rsplit(".", 2)[0]
+        mixture = model.get_submodule(home)
+        inside = isinstance(mixture, experts.Experts)
+        if inside and (dense := next((n for n, m in mixture.named_modules() if isinstance(m, nn.Linear)), None)):
+            raise NotImplementedError(f"tensor parallel: {home}.{dense} is dense, and shared with packed experts only")
+        style = _parallel.style_of(name, home if inside else "", {**(model.tp_plan or {}), **self._styles})
+        mixed = inside and not getattr(mixture.gating, "is_concatenated", True)
+        packed = _parallel.share(packed, style, rank, mixed)
+        if inside:
+            _parallel.cut_bias(layer, style, rank, mixed)
+        return packed
 
     def _open(self, checkpoint_files: Any) -> Any:
         paths = [Path(file) for file in checkpoint_files or ()]
@@ -144,7 +158,6 @@ class LlmkernQuantizer(HfQuantizer):
     def _untie(self, model: Any) -> None:
         """Take ties of packed layers out of transformers' hands, which would give the layer a dense weight."""
         kept: dict[str, str] = {}
-        self._ties = {}
         for name, other in model.all_tied_weights_keys.items():
             ends = [name.rpartition("."), other.rpartition(".")]
             if not any(isinstance(model.get_submodule(owner), PackedLinear) for owner, _, _ in ends):

@@ -18,7 +18,7 @@ def report_of(model: Any, layers: Mapping[str, PackedLinear], source: Any) -> Re
     dtype = model.dtype
     for name, layer in layers.items():
         n, k = layer.out_features, layer.in_features
-        notes = [] if layer.shape == (n, k) else [f"tensor parallel: this rank holds {list(layer.shape)} of it"]
+        notes = [] if not layer.is_share else [f"tensor parallel: this rank holds {list(layer.shape)} of it"]
         if notes and layer.activations and layer.shape[1] < k:
             notes.append("each rank quantizes its own columns of x")
         report.rows.append(
