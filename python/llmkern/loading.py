@@ -14,22 +14,26 @@ from torch import Tensor, nn
 from llmkern import expert_tensors, experts
 from llmkern._version import __version__
 from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, WEIGHTS
+from llmkern.checkpoints import read_model
 from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
-from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
+from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
 from llmkern.patching import swap_all
 from llmkern.weight_files import parameters_on_meta
 
 
 def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
-    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit.
+    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit; of one that
+    others wrote (compressed-tensors, GPTQ, AWQ) by `llmkern.checkpoints`, packed too.
 
     Packed weights go straight from the file into their layers; nothing is unpickled and no code of the folder runs.
-    Raises FileNotFoundError without a folder or llmkern.json, ValueError for anything missing, unknown, of another
+    Raises FileNotFoundError without a folder of either kind, ValueError for anything missing, unknown, of another
     shape, or out of range.
     """
     folder = Path(path)
     device = torch.device("cpu" if device is None else device)
+    if not (folder / META).is_file() and (folder / "config.json").is_file():
+        return read_model(folder, device)
     meta = _read_meta(folder)
     model = _skeleton(folder, meta["model_class"])
     tensors = _read_tensors(folder / WEIGHTS, device)
@@ -51,7 +55,7 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file():
-        raise FileNotFoundError(f"load: {folder} holds no {META}: not a folder that llmkern.save wrote")
+        raise FileNotFoundError(f"load: {folder} holds no {META} and no config.json: not a folder of a model")
     meta = _read_json(folder / META)
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
@@ -132,12 +136,17 @@ def _restore_layer(
         raise ValueError(
             f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
         )
+    beside = _take(extra, name)
+    order = beside.pop(ORDER, None)
+    if (order is not None) != bool(entry.get(ORDER)):
+        raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     try:
-        packed = decode(kind, own, _take(extra, name), shape=shape, group_size=group_size)
+        packed = decode(kind, own, beside, shape=shape, group_size=group_size)
         parameter = None if bias is None else nn.Parameter(bias)
         return PackedLinear(
-            packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", ""))
-        )
+            packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", "")),
+            input_order=order,
+        )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise ValueError(f"load: layer {name}: {error}") from None
 

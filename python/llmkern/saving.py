@@ -16,7 +16,7 @@ from llmkern._version import __version__
 from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, WEIGHTS, refuse_foreign, whole_folder
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
-from llmkern.nn import PackedLinear, is_linear, packed_names
+from llmkern.nn import ORDER, PackedLinear, is_linear, packed_names
 from llmkern.report import Report
 from llmkern.weight_writer import Later, write
 
@@ -60,7 +60,7 @@ def save(
         config["tie_word_embeddings"] = False
     elif head:  # the key also says what else is tied, or scales what T5's head gets
         unread[head] = "its weight was tied to the embeddings, as config.json still says"
-    standard = not by_expert and not any(layers[name]["conv1d"] for name, _, _ in schemes)
+    standard = not by_expert and not any(layers[name]["conv1d"] or ORDER in layers[name] for name, _, _ in schemes)
     if (quantization := _quantization(model, format, schemes, standard)) is not None:
         config["quantization_config"] = quantization
     _warn_of(unread)
@@ -120,10 +120,14 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             schemes.append((name, stored.scheme, layer.activations))
             if layer.conv1d:
                 unread[name] = "it is a Conv1D"
+            elif layer.input_order is not None:
+                unread[name] = "its columns are in an order of their own"
             elif packed.shape[1] % packed.group_size:
                 unread[name] = f"K={packed.shape[1]} is not a multiple of group_size {packed.group_size}"
         tensors |= {f"{name}.{key}": _or_later(t, layer, format, key) for key, t in stored.tensors.items()}
         extra |= {f"{name}.{key}": tensor for key, tensor in stored.extra.items()}
+        if layer.input_order is not None:
+            extra[f"{name}.{ORDER}"] = layer.input_order
         layers[name] = {
             "class": layer.format,
             "shape": list(packed.shape),
@@ -131,6 +135,7 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             "activations": layer.activations,
             "conv1d": layer.conv1d,
             "method": layer.method,
+            **({} if layer.input_order is None else {ORDER: True}),
         }
     return tensors, extra, layers, schemes, unread
 
@@ -138,15 +143,19 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
 def _encode(layer: PackedLinear, format: str) -> ct.Stored:
     """A layer in the layout of a format. ValueError for what the format cannot hold."""
     if format == "gptq":
+        if layer.input_order is not None:
+            raise ValueError("gptq: columns in an order of their own are not written; use compressed-tensors")
         return gptq_checkpoint.encode(layer.packed)
     stored = ct.encode(layer.packed, activations=layer.activations)
+    if stored.scheme is None and layer.input_order is not None:
+        raise ValueError("columns in an order of their own are saved with codes only")
     if stored.scheme is None and layer.conv1d:
         return stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
     return stored
 
 
 def _dense(layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-    dense = layer.packed.unpack(dtype)
+    dense = layer.unpack(dtype)
     return dense.T.contiguous() if layer.conv1d else dense
 
 
