@@ -17,6 +17,7 @@ from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, WEIG
 from llmkern.checkpoints import read_model
 from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
+from llmkern.formats.bit_words import BITS
 from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
 from llmkern.patching import swap_all
 from llmkern.weight_files import parameters_on_meta
@@ -116,7 +117,7 @@ def _restore_layer(
     decode: Callable[..., PackedWeight], tied: dict[str, str],
 ) -> PackedLinear:  # fmt: skip
     """The packed layer `name`; its tensors are taken out of `tensors` and `extra`."""
-    kind, shape, group_size, activations = _entry(name, entry)
+    kind, shape, group_size, activations, record = _entry(name, entry)
     try:
         dense = model.get_submodule(name)
     except AttributeError:
@@ -141,29 +142,36 @@ def _restore_layer(
     if (order is not None) != bool(entry.get(ORDER)):
         raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     try:
-        packed = decode(kind, own, beside, shape=shape, group_size=group_size)
+        packed = decode(kind, own, beside, shape=shape, group_size=group_size, bits=record["num_bits"])
         parameter = None if bias is None else nn.Parameter(bias)
         return PackedLinear(
-            packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", "")),
-            input_order=order,
-        )  # fmt: skip
+            packed, parameter, activations=activations, conv1d=is_conv1d(dense), input_order=order, **record
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"load: layer {name}: {error}") from None
 
 
-def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, str | None]:
-    """One layer's entry of llmkern.json; ValueError unless it has the types it must have."""
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, str | None, dict[str, Any]]:
+    """One layer's entry of llmkern.json, and its record; ValueError unless it has the types it must have."""
     fields = entry if isinstance(entry, dict) else {}
     shape, group_size, activations = fields.get("shape"), fields.get("group_size"), fields.get("activations")
+    record = {
+        "method": fields.get("method", ""),
+        "num_bits": fields.get("num_bits"),
+        "act_order": fields.get("act_order"),
+    }
     if (
         not isinstance(shape, list)
         or len(shape) != 2
         or not all(type(size) is int and size > 0 for size in shape)
         or type(group_size) is not int
         or activations not in (None, "int8")
+        or not isinstance(record["method"], str)
+        or not (record["num_bits"] is None or (type(record["num_bits"]) is int and record["num_bits"] in BITS))
+        or record["act_order"] not in (None, "static")
     ):
         raise ValueError(f"load: {META} has a bad entry for layer {name}: {json.dumps(entry)[:200]}")
-    return str(fields.get("class")), (shape[0], shape[1]), group_size, activations
+    return str(fields.get("class")), (shape[0], shape[1]), group_size, activations, record
 
 
 def _take(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -135,6 +135,8 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             "activations": layer.activations,
             "conv1d": layer.conv1d,
             "method": layer.method,
+            "num_bits": layer.num_bits,
+            "act_order": layer.act_order,
             **({} if layer.input_order is None else {ORDER: True}),
         }
     return tensors, extra, layers, schemes, unread
@@ -145,8 +147,8 @@ def _encode(layer: PackedLinear, format: str) -> ct.Stored:
     if format == "gptq":
         if layer.input_order is not None:
             raise ValueError("gptq: columns in an order of their own are not written; use compressed-tensors")
-        return gptq_checkpoint.encode(layer.packed)
-    stored = ct.encode(layer.packed, activations=layer.activations)
+        return gptq_checkpoint.encode(layer.packed, bits=layer.num_bits, act_order=layer.act_order)
+    stored = ct.encode(layer.packed, activations=layer.activations, bits=layer.num_bits, act_order=layer.act_order)
     if stored.scheme is None and layer.input_order is not None:
         raise ValueError("columns in an order of their own are saved with codes only")
     if stored.scheme is None and layer.conv1d:

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 
 from llmkern import expert_tensors, experts
 from llmkern.checkpoint import EXTRA, META
-from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
+from llmkern.formats import gptq_checkpoint
+from llmkern.hf._source import Expected, Weight
 from llmkern.hf._tensors import Place, Tensors
 from llmkern.loading import _entry, _read_meta, _some
-from llmkern.nn import PackedLinear
+from llmkern.nn import ORDER, PackedLinear
 
 
 class Own:
     """The source of packed layers that the quantizer asks. Names are those of the model, whatever class it is."""
 
-    def __init__(self, folder: Path, paths: Iterable[Path]) -> None:
+    def __init__(self, folder: Path, paths: Iterable[Path], model: nn.Module) -> None:
         """Raises as llmkern.load does for what is missing, unknown or broken in llmkern.json and the files' headers."""
         self.meta = _read_meta(folder)
-        self.format = self.meta["format"]
+        self.format: str = self.meta["format"]
         self.entries: dict[str, Any] = self.meta["layers"]
         self.tied: dict[str, str] = self.meta["tied"]
         self.tensors = Tensors(paths)
@@ -32,8 +33,7 @@ class Own:
         self.notes: list[str] = []
         self.missing: list[str] = []  # packed layers that this class of model does not have
 
-    def prepare(self, model: nn.Module) -> None:
-        """Take the model's names: a head may be missing, and a base model's names have no prefix."""
+        # A base model's names have no prefix.
         rename = _renaming(model)
         self.entries = {rename(name): entry for name, entry in self.entries.items()}
         self.tied = {rename(name): rename(source) for name, source in self.tied.items()}
@@ -44,17 +44,18 @@ class Own:
         """Names under which there are packed layers: a mixture among them was saved as linear layers of its own."""
         return {parent for name in self.entries for parent in accumulate(name.split("."), "{}.{}".format)}
 
-    def layers(self, model: nn.Module) -> dict[str, tuple[tuple[int, int], str | None, str]]:
-        """Layer -> its shape (N, K), activations, and method. ValueError for a bad entry of llmkern.json."""
+    def layers(self, model: nn.Module) -> dict[str, Expected]:
+        """The layers of llmkern.json. ValueError for a bad entry."""
         for home, mixture in experts.mixtures(model).items():
             self._unstack(home, mixture)
         names = dict(model.named_modules())
         same = type(model).__name__ == self.meta["model_class"]
         found = {}
         for name, fields in self.entries.items():
-            _, shape, _, activations = _entry(name, fields)
+            _, shape, _, activations, record = _entry(name, fields)
             if name in names:
-                found[name] = (shape, activations, str(fields.get("method", "")))
+                keywords = {"activations": activations, "method": record["method"], "act_order": record["act_order"]}
+                found[name] = Expected(shape, keywords)
             elif same:
                 raise ValueError(f"from_pretrained: {META} names the layer {name}, which the model does not have")
             else:
@@ -84,15 +85,19 @@ class Own:
         if unknown := {name for name in self.extra.places if name.rpartition(".")[0] not in layers}:
             raise ValueError(f"from_pretrained: {EXTRA} holds unknown tensors: {_some(unknown)}")
 
-    def read(self, name: str, layer: PackedLinear) -> PackedWeight:
+    def read(self, name: str, layer: PackedLinear) -> Weight:
         """The packed weight of a layer. ValueError for what is missing or out of range in its tensors."""
-        kind, shape, group_size, _ = _entry(name, self.entries[name])
+        kind, shape, group_size, _, record = _entry(name, self.entries[name])
         own = {leaf: self.tensors.read(key) for leaf, key in self.tensors.of(name).items() if leaf != "bias"}
         extra = {leaf: self.extra.read(key) for leaf, key in self.extra.of(name).items()}
         if layer.conv1d and "weight" in own and "weight_scale" not in own:
             own["weight"] = own["weight"].T.contiguous()
+        order = extra.pop(ORDER, None)
+        if (order is not None) != bool(self.entries[name].get(ORDER)):
+            raise ValueError(f"{EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
         decode = gptq_checkpoint.decode if self.format == "gptq" else ct.decode
-        return decode(kind, own, extra, shape=shape, group_size=group_size)
+        bits = record["num_bits"]
+        return Weight(decode(kind, own, extra, shape=shape, group_size=group_size, bits=bits), bits, order)
 
     def late_names(self, model: nn.Module) -> list[str]:
         """The tensors that transformers cannot find, as they are parts of a stack or have another name there."""

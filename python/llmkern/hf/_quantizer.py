@@ -20,8 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmkern import experts
 from llmkern.formats import Int4Weight, PackedWeight
 from llmkern.hf import _dense, _parallel
+from llmkern.hf._foreign import Foreign
 from llmkern.hf._own import Own
 from llmkern.hf._report import report_of
+from llmkern.hf._source import Expected, Source
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import swap_all
 
@@ -89,12 +91,11 @@ class LlmkernQuantizer(HfQuantizer):
         return None if self.quantization_config.as_stored else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        self._source = source = self._open(checkpoint_files)
-        source.prepare(model)
+        self._source = source = self._open(checkpoint_files, model)
         homes = source.homes()
         with experts.unfused(model, only=homes.__contains__):
             self._layers = {
-                name: _waiting(model, name, *wanted) for name, wanted in source.layers(model).items()
+                name: _waiting(model, name, expected) for name, expected in source.layers(model).items()
             }  # fmt: skip
             swap_all(model, self._layers)
         parallel = (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1
@@ -112,12 +113,14 @@ class LlmkernQuantizer(HfQuantizer):
             _set(model, name, tensor if self.quantization_config.as_stored else _cast(tensor, model), device)
         for name, layer in self._layers.items():
             try:
-                packed = self._source.read(name, layer)
+                packed, num_bits, order = self._source.read(name, layer)
                 if rank is not None:
                     packed = self._share(model, name, layer, packed, rank)
+                if order is not None and packed.shape[1] < layer.in_features:
+                    raise NotImplementedError("tensor parallel: columns in an order of their own cannot be shared")
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise type(error)(f"from_pretrained: layer {name}: {error}") from None
-            layer.fill(packed.to(device))
+            layer.fill(packed.to(device), num_bits, None if order is None else order.to(device))
         for name, source in self._ties.items():
             owner, leaf = name.rpartition(".")[::2]
             model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
@@ -147,11 +150,11 @@ class LlmkernQuantizer(HfQuantizer):
             _parallel.cut_bias(layer, style, rank, mixed)
         return packed
 
-    def _open(self, checkpoint_files: Any) -> Any:
+    def _open(self, checkpoint_files: Any, model: Any) -> Source:
         paths = [Path(file) for file in checkpoint_files or ()]
         if self.quantization_config.folder is None:
-            raise NotImplementedError("from_pretrained: checkpoints of others are not read yet")
-        source = Own(Path(self.quantization_config.folder), paths)
+            return Foreign(paths[0].parent, model)
+        source = Own(Path(self.quantization_config.folder), paths, model)
         self.format = source.format if source.format != "dense" else self.format
         return source
 
@@ -191,9 +194,9 @@ class LlmkernQuantizer(HfQuantizer):
         return True
 
 
-def _waiting(model: Any, name: str, shape: tuple[int, int], activations: str | None, method: str) -> PackedLinear:
+def _waiting(model: Any, name: str, expected: Expected) -> PackedLinear:
     """A packed layer without a weight in the place of a dense one, with its bias. ValueError if it does not fit."""
-    dense = model.get_submodule(name)
+    dense, shape = model.get_submodule(name), expected.shape
     if not is_linear(dense):
         raise ValueError(f"from_pretrained: layer {name} is a {type(dense).__name__}, wanted a linear layer")
     if (wanted := tuple(dense_weight(dense).shape)) != shape:
@@ -201,7 +204,7 @@ def _waiting(model: Any, name: str, shape: tuple[int, int], activations: str | N
             f"from_pretrained: layer {name} is {list(shape)} in the checkpoint, {list(wanted)} in the model"
         )
     nothing = Int4Weight(None, None, None, shape=shape, group_size=max(shape[1], 1))  # type: ignore[arg-type]
-    return PackedLinear(nothing, dense.bias, activations=activations, conv1d=is_conv1d(dense), method=method)
+    return PackedLinear(nothing, dense.bias, conv1d=is_conv1d(dense), **expected.keywords)
 
 
 def _set(model: Any, name: str, tensor: Tensor, device: torch.device) -> None:
