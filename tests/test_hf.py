@@ -88,11 +88,33 @@ def test_mixtures_of_experts(kind, scheme, left, tmp_path, said):
     assert ("model.layers.0.mlp.experts.1.down_proj" in skipped) == ("experts.1.down_proj" in left)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "llmkern"])
 def test_packed_experts_run_whatever_implementation_is_asked_for(implementation, tmp_path):
     wanted = saved("mixtral", "rtn-int8", tmp_path / "m")
     model = auto("mixtral", tmp_path / "m", experts_implementation=implementation)
     assert_same_model("mixtral", model, wanted)
+
+
+@pytest.mark.parametrize("kind", tiny.MIXTURES)
+def test_the_experts_implementation_of_that_name(kind, tmp_path):
+    model, ids = tiny.MODELS[kind](), tiny.token_ids(2)
+    model.set_experts_implementation("eager")
+    wanted = tiny.output(kind, model, ids)
+    model.set_experts_implementation("llmkern")
+    assert set(model.get_experts_implementation().values()) == {"llmkern"}
+    assert torch.equal(tiny.output(kind, model, ids), wanted)
+    llmkern.patch(model, "rtn-int8")
+    assert isinstance(model.model.layers[0].mlp.experts, Experts)
+    model.save_pretrained(tmp_path / "m")
+    again = auto(kind, tmp_path / "m", experts_implementation="llmkern")
+    assert torch.equal(tiny.output(kind, again, ids), tiny.output(kind, model, ids))
+
+
+def test_gradients_flow_through_packed_layers(tmp_path):
+    saved("llama", "rtn-int4-g32", tmp_path / "m")
+    model = auto("llama", tmp_path / "m")
+    model(tiny.token_ids(1)).logits.sum().backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt", "t5", "bert", "albert"])

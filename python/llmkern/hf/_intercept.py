@@ -44,9 +44,18 @@ def install(module: ModuleType) -> None:
             return save(self, save_directory, *args, **kwargs)
         return _saving.save_pretrained(save, self, save_directory, args, kwargs)
 
+    module.ALL_EXPERTS_FUNCTIONS.register("llmkern", dense_experts)
     save_pretrained._llmkern = True  # type: ignore[attr-defined]
     kind.from_pretrained = classmethod(from_pretrained)
     kind.save_pretrained = save_pretrained
+
+
+def dense_experts(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The experts implementation "llmkern" of transformers, for mixtures that are not packed: the class's own forward.
+
+    Packed ones are `llmkern.experts.Experts`, which run on llmkern's kernels whatever implementation is set.
+    """
+    return type(self).forward.__wrapped__(self, *args, **kwargs)
 
 
 def prepare(cls: Any, name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

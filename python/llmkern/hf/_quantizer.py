@@ -185,8 +185,8 @@ class LlmkernQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradients."""
-        return False
+        """Packed weights have no gradients, but gradients flow through them to what has: adapters, biases, norms."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
