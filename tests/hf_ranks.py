@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import ranks
+import test_hf_foreign
 import tiny
 import torch
 import transformers
@@ -78,6 +79,13 @@ def run(path, plan="auto"):
     return work
 
 
+def ordered(root):
+    """A GPTQ checkpoint whose columns are in the order of their activations."""
+    (root / "order").mkdir()
+    test_hf_foreign.write("gptq act-order", root / "order", torch.Generator().manual_seed(0))
+    llmkern.hf.use_for("gptq")
+
+
 def refused(rank_does):
     def work(rank):
         try:
@@ -114,6 +122,8 @@ def main():
     result["mixed"] = ranks.together(root, "mixed", 2, refused(lambda: parallel(root / "mixed")))
     dense = refused(lambda: parallel(root / "saved").dequantize())
     result["dequantized"] = ranks.together(root, "dequantized", 2, dense)
+    ordered(root)
+    result["order"] = ranks.together(root, "order", 2, refused(lambda: parallel(root / "order" / "m")))
     odd = refused(lambda: parallel(root / "saved", {"model.layers.*.mlp.up_proj": "sequence_parallel"}))
     result["style"] = ranks.together(root, "style", 2, odd)
     print(json.dumps(result))

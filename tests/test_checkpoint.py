@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmkern
+from llmkern.checkpoint_folder import header_digest, seal
 from llmkern.experts import Experts
 from llmkern.nn import PackedLinear
 
@@ -53,7 +54,7 @@ def patched(kind, scheme):
 def _no_reader_warnings():
     # What transformers reads here, it reads by itself.
     with warnings.catch_warnings(), llmkern.hf.stock():
-        warnings.filterwarnings("ignore", message=".*other readers cannot")
+        warnings.filterwarnings("ignore", message=".*(other readers cannot|have zero points)")
         yield
 
 
@@ -336,16 +337,23 @@ def test_a_killed_run_leaves_the_folder_complete_or_absent(tmp_path):
     assert seen
 
 
-def damage(path, change, file="llmkern.json"):
-    data = json.loads((path / file).read_text())
-    change(data)
-    (path / file).write_text(json.dumps(data))
+def damage(path, change):
+    meta = json.loads((path / "llmkern.json").read_text())
+    change(meta)
+    (path / "llmkern.json").write_text(json.dumps({**meta, "seal": seal(meta)}))
 
 
-def damage_tensors(path, change):
-    tensors = load_file(path / "model.safetensors")
+def reseal(path):
+    """As a forger would: checksums that fit what is there."""
+    headers = {file.name: header_digest(file) for file in path.glob("*.safetensors")}
+    damage(path, lambda meta: meta.update(headers=headers))
+
+
+def damage_tensors(path, change, name="model.safetensors"):
+    tensors = load_file(path / name)
     change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / name)
+    reseal(path)
 
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -367,6 +375,12 @@ def cut(tensors):
     tensors[f"{NAME}.weight_packed"] = tensors[f"{NAME}.weight_packed"][:, :3].clone()
 
 
+def rewrite(path, name):
+    """A change that nothing else would notice."""
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data.replace(b'"0.1.0"', b'"0.1.1"').replace(b'"format":"pt"', b'"format":"tf"'))
+
+
 def truncate(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -377,6 +391,8 @@ DAMAGE = {
     "broken meta": (lambda path: (path / "llmkern.json").write_text("{"), "llmkern.json cannot be read"),
     "list meta": (lambda path: (path / "llmkern.json").write_text("[]"), "must hold an object"),
     "newer": (edit(lambda meta: meta.update(format_version=99)), "format_version 99"),
+    "edited": (lambda path: rewrite(path, "llmkern.json"), "llmkern.json was changed since it was saved"),
+    "edited header": (lambda path: rewrite(path, "model.safetensors"), "the header of model.safetensors was changed"),
     "format": (edit(lambda meta: meta.update(format="zip")), "has format 'zip'"),
     "no layers": (edit(lambda meta: meta.pop("layers")), "needs layers as a dict"),
     "class": (edit(lambda meta: meta.update(model_class="os")), "which transformers does not have"),
@@ -399,14 +415,14 @@ DAMAGE = {
     "nan": (edit_tensors(lambda tensors: tensors[f"{NAME}.weight_scale"].fill_(float("nan"))), "must be finite"),
     "short words": (edit_tensors(cut), "words must be"),
     "shape tensor": (edit_tensors(lambda tensors: tensors[f"{NAME}.weight_shape"].add_(1)), "weight_shape is"),
-    "no norm": (edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), "lacks 1 tensors: model.norm.weight"),
-    "unknown": (edit_tensors(lambda tensors: tensors.update(x=torch.ones(1))), "holds 1 unknown tensors: x"),
+    "no norm": (edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), "lack 1 tensors: model.norm.weight"),
+    "unknown": (edit_tensors(lambda tensors: tensors.update(x=torch.ones(1))), "hold 1 unknown tensors: x"),
     "norm shape": (
         edit_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})),
         "model.norm.weight must be",
     ),
     "truncated": (truncate, "cannot be read"),
-    "no tensors": (lambda path: (path / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+    "no tensors": (lambda path: (path / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
 }
 
 
@@ -423,9 +439,7 @@ def test_a_damaged_folder_is_refused(case, tmp_path):
 def test_positions_out_of_order_are_refused(tmp_path):
     model = patched("llama", "magnitude-2:4-int4-g32")
     llmkern.save(model, tmp_path / "m")
-    extra = load_file(tmp_path / "m" / "llmkern.safetensors")
-    next(iter(extra.values())).fill_(0xFF)
-    save_file(extra, tmp_path / "m" / "llmkern.safetensors")
+    damage_tensors(tmp_path / "m", lambda extra: next(iter(extra.values())).fill_(0xFF), "llmkern.safetensors")
     with pytest.raises(ValueError, match="positions must be distinct and ascending"):
         llmkern.load(tmp_path / "m")
 
@@ -452,7 +466,7 @@ def test_stock_transformers_refuses_what_it_would_read_as_noise(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
-@pytest.mark.parametrize("scheme", ["rtn-int8", "w8a8", "magnitude-2:4"])
+@pytest.mark.parametrize("scheme", ["rtn-int8-asym", "w8a8", "magnitude-2:4"])
 def test_stock_transformers_refuses_experts_with_codes(scheme, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
@@ -468,8 +482,8 @@ def test_stock_transformers_refuses_experts_with_codes(scheme, tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
-def test_experts_have_no_place_in_gptq_checkpoints(tmp_path):
-    model = tiny.mixtral(intermediate_size=64)
+def test_experts_of_no_known_names_have_no_place_in_gptq_checkpoints(tmp_path):
+    model = tiny.gpt_oss(intermediate_size=64)
     llmkern.patch(model, llmkern.Recipe.parse("rtn-int4-g32", scale_dtype="float16"))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: gptq: no reader knows"):
         llmkern.save(model, tmp_path / "m", "gptq")
@@ -482,6 +496,7 @@ def test_a_stack_of_experts_of_the_wrong_size_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     for bad, text in ((tensors[name][:3], "must hold 4 experts"), (tensors[name][..., :8], "experts.0.down_proj")):
         save_file({**tensors, name: bad.contiguous()}, tmp_path / "m" / "model.safetensors")
+        reseal(tmp_path / "m")
         with pytest.raises(ValueError, match=text):
             llmkern.load(tmp_path / "m")
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import SCHEMES, assert_same_model, patched
+from test_checkpoint import SCHEMES, assert_same_model, damage, patched, reseal
 
 import llmkern
 from llmkern.experts import Experts
@@ -25,7 +25,7 @@ AUTO = {"bert": "AutoModelForMaskedLM", "albert": "AutoModelForMaskedLM", "t5": 
 @pytest.fixture(autouse=True)
 def _quiet():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*other readers cannot")
+        warnings.filterwarnings("ignore", message=".*(other readers cannot|have zero points|was changed since)")
         yield
     llmkern.hf.reset()
 
@@ -320,6 +320,16 @@ def test_save_pretrained_writes_a_folder_that_loads_again(kind, scheme, tmp_path
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
 
 
+def test_shards(tmp_path):
+    model = patched("llama", "rtn-int4-g32")
+    model.save_pretrained(tmp_path / "m", max_shard_size="50KB")
+    assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2
+    assert_same_model("llama", auto("llama", tmp_path / "m"), model)
+    model.save_pretrained(tmp_path / "m")
+    assert [path.name for path in (tmp_path / "m").glob("model*")] == ["model.safetensors"]
+    assert_same_model("llama", auto("llama", tmp_path / "m"), model)
+
+
 def test_save_pretrained_leaves_other_files(tmp_path):
     model = patched("llama", "rtn-int4-g32")
     (tmp_path / "m").mkdir()
@@ -355,6 +365,7 @@ def edited(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+    reseal(folder)
 
 
 NAME = "model.layers.1.mlp.down_proj"
@@ -378,6 +389,8 @@ BAD = {
     "shape": (put(f"{NAME}.weight_shape", lambda t: t.flip(0)), f"layer {NAME}: weight_shape is"),
     "no norm": (lambda t: t.pop("model.norm.weight"), r"model\.safetensors lacks 1 tensors: model\.norm\.weight"),
     "unknown": (lambda t: t.update(foo=torch.ones(1)), r"model\.safetensors holds 1 unknown tensors: foo"),
+    "leaf": (lambda t: t.update({f"{NAME}.foo": torch.ones(1)}), rf"holds 1 unknown tensors: {NAME}\.foo"),
+    "dtype": (put("model.norm.weight", lambda t: t.to(torch.int32)), r"model\.norm\.weight must be of a dtype such as"),
     "norm": (put("model.norm.weight", lambda t: t[:3].clone()), r"model\.norm\.weight must be \[64\], got \[3\]"),
 }
 
@@ -410,9 +423,25 @@ def test_a_bad_manifest_is_refused(bad, tmp_path):
 
 def test_a_layer_that_the_model_does_not_have_is_refused(tmp_path):
     saved("llama", "rtn-int4-g32", tmp_path / "m")
-    path = tmp_path / "m" / "llmkern.json"
-    path.write_text(path.read_text().replace("layers.1.mlp.up_proj", "layers.7.mlp.up_proj"))
+    name = "model.layers.{}.mlp.up_proj"
+    damage(tmp_path / "m", lambda meta: meta["layers"].update({name.format(7): meta["layers"].pop(name.format(1))}))
     with pytest.raises(ValueError, match=r"names the layer model\.layers\.7\.mlp\.up_proj, which the model does not"):
+        auto("llama", tmp_path / "m")
+
+
+def test_a_tie_that_the_model_does_not_have_is_refused(tmp_path):
+    saved("llama", "rtn-int4-g32", tmp_path / "m")
+    edited(tmp_path / "m", lambda tensors: tensors.pop("lm_head.weight"))
+    damage(tmp_path / "m", lambda meta: meta["tied"].update({"lm_head.weight": "model.embed_tokens.weight"}))
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, which the model does"):
+        auto("llama", tmp_path / "m")
+
+
+def test_what_was_changed_since_it_was_saved_is_refused(tmp_path):
+    saved("llama", "rtn-int4-g32", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    save_file({**tensors, "foo": torch.ones(1)}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the header of model\.safetensors was changed since it was saved"):
         auto("llama", tmp_path / "m")
 
 

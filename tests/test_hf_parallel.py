@@ -76,6 +76,8 @@ REFUSED = {
     "weight; load it on one rank",
     "style": "NotImplementedError: from_pretrained: layer model.layers.0.mlp.up_proj: tensor parallel: style "
     "'sequence_parallel' is not known for packed layers",
+    "order": "NotImplementedError: from_pretrained: layer model.layers.0.mlp.down_proj: tensor parallel: columns in "
+    "an order of their own cannot be shared",
     "mixed": "NotImplementedError: from_pretrained: layer model.layers.0.mlp.experts.0.gate_up_proj: tensor parallel: "
     "model.layers.0.mlp.experts.1.down_proj is dense, and shared with packed experts only",
 }

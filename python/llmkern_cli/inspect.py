@@ -64,11 +64,15 @@ def _layers(tensors: Mapping[str, Stored], config: dict[str, Any], ours: dict[st
     """One entry per matrix, or per stack of a mixture's experts; block 2 before block 10."""
     known = ours.get("layers")
     known = known if isinstance(known, dict) else {}
+    renamed = _names_in_model(ours)
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
-        for part, own in _of_experts(name, stored, known):
+        for part, own in _of_experts(renamed.get(name, name), stored, known):
             layer, _, leaf = part.rpartition(".")
-            parts.setdefault(layer, {})[leaf] = own
+            leaves = parts.setdefault(renamed.get(layer, layer), {})
+            # The rows of one layer may be in several tensors.
+            before = leaves[leaf].nbytes if leaf in leaves else 0
+            leaves[leaf] = own._replace(nbytes=before + own.nbytes)
     found = []
     for layer in sorted(parts, key=_natural):
         marks = [mark for mark in _STORED if mark in parts[layer]]
@@ -83,6 +87,16 @@ def _layers(tensors: Mapping[str, Stored], config: dict[str, Any], ours: dict[st
     if missing := sorted(set(known) - {layer["name"] for layer in found}):
         raise ValueError(f"llmkern.json names the layer {missing[0]}, which has no weight in the safetensors files")
     return found
+
+
+def _names_in_model(ours: dict[str, Any]) -> dict[str, str]:
+    """Tensors, and parts of layers, whose name in the files is not that in the model -> that."""
+    renamed, layers = ours.get("renamed"), ours.get("layers")
+    found = dict(renamed) if isinstance(renamed, dict) else {}
+    for layer, entry in layers.items() if isinstance(layers, dict) else ():
+        parts = entry.get("parts") if isinstance(entry, dict) else None
+        found |= {str(part): layer for part in parts} if isinstance(parts, list) else {}
+    return {name: own for name, own in found.items() if isinstance(own, str)}
 
 
 def _of_experts(name: str, stored: Stored, known: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:
@@ -104,7 +118,7 @@ def _ours(entry: dict[str, Any], leaves: dict[str, Stored]) -> dict[str, Any]:
     kind, shape, activations = entry.get("class"), entry.get("shape"), entry.get("activations")
     if kind not in _OPS or not isinstance(shape, list):
         raise ValueError(f"llmkern.json: a layer of the unknown class {kind!r}")
-    bits = 4 if "Int4" in kind else 8
+    bits = entry.get("num_bits") or (4 if "Int4" in kind else 8)
     if "weight" in leaves and leaves["weight"].dtype != "I8":
         bits = BITS[leaves["weight"].dtype]
     op = "int8_dynamic_linear" if kind == "Int8Weight" and activations else _OPS[kind]

@@ -36,6 +36,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"codes of {bits} bits must be in [{low}, {-low - 1}], got {int(codes.min())} to {int(codes.max())}"
         )
+    codes = _rows(codes)
     if bits == 4:
         return pack_words(codes)
     if bits == 8:
@@ -55,13 +56,17 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
-    """The inverse of `pack_codes`: int8 codes [N, K]. ValueError unless words are int32 [N, ceil(K * bits / 32)]."""
-    _check_bits(bits)
+    """The inverse of `pack_codes`, for any bits from 2 to 8: int8 codes [N, K].
+
+    ValueError for other bits, and unless words are int32 [N, ceil(K * bits / 32)].
+    """
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"bits must be from 2 to 8, got {bits!r}")
     if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != width(k, bits):
         raise ValueError(f"wanted int32 [N, {width(k, bits)}], got {words.dtype} {list(words.shape)}")
     if not words.numel():
         return words.new_empty(words.shape[0], k, dtype=torch.int8)
-    words = words.contiguous()
+    words = _rows(words)
     if bits == 4:
         return unpack_words(words, k)
     if bits == 8:
@@ -84,7 +89,12 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
 
 def _pack_bytes(codes: Tensor) -> Tensor:
     unsigned = torch.nn.functional.pad(codes.to(torch.int16) + 128, (0, -codes.shape[1] % 4)).to(torch.uint8)
-    return unsigned.contiguous().view(torch.int32)
+    return unsigned.view(torch.int32)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix with the strides of its shape: what torch calls contiguous may have others where a size is 1."""
+    return matrix.reshape(-1).view(matrix.shape)
 
 
 def _check_bits(bits: int) -> None:

@@ -112,6 +112,9 @@ class Foreign(Loading):
             found[key] = bias.detach()
         return found
 
+    def finish(self, model: nn.Module) -> None:
+        """Nothing is left to be checked."""
+
     def why_dense(self, name: str) -> str:
         """By the quantization_config."""
         return "it is dense in the checkpoint"

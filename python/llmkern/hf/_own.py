@@ -10,13 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmkern import expert_tensors, experts
-from llmkern.checkpoint import EXTRA, META
+from llmkern.checkpoint_folder import EXTRA, META, check_unchanged
+from llmkern.expert_files import join
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
 from llmkern.hf._source import Expected, Weight
 from llmkern.hf._tensors import Place, Tensors
-from llmkern.loading import _entry, _read_meta, _some
+from llmkern.loading import LEAVES, _entry, _names, _read_meta, _rename, _some
 from llmkern.nn import ORDER, PackedLinear
+from llmkern.weight_files import FLOATS
 
 
 class Own:
@@ -25,16 +27,18 @@ class Own:
     def __init__(self, folder: Path, paths: Iterable[Path], model: nn.Module) -> None:
         """Raises as llmkern.load does for what is missing, unknown or broken in llmkern.json and the files' headers."""
         self.meta = _read_meta(folder)
+        paths, beside = list(paths), [folder / EXTRA] if (folder / EXTRA).is_file() else []
+        check_unchanged(folder, self.meta, [*paths, *beside])
         self.format: str = self.meta["format"]
         self.entries: dict[str, Any] = self.meta["layers"]
         self.tied: dict[str, str] = self.meta["tied"]
-        self.tensors = Tensors(paths)
-        self.extra = Tensors([folder / EXTRA] if (folder / EXTRA).is_file() else [])
+        self.tensors, self.extra = Tensors(paths), Tensors(beside)
+        _rename(self.tensors.places, self.meta.get("renamed", {}))
         self.notes: list[str] = []
         self.missing: list[str] = []  # packed layers that this class of model does not have
 
         # A base model's names have no prefix.
-        rename = _renaming(model)
+        rename = self.rename = _renaming(model)
         self.entries = {rename(name): entry for name, entry in self.entries.items()}
         self.tied = {rename(name): rename(source) for name, source in self.tied.items()}
         self.tensors.rename(rename)
@@ -70,7 +74,7 @@ class Own:
         if type(model).__name__ != self.meta["model_class"]:
             self.notes.append(f"the folder holds a {self.meta['model_class']}, loaded as {type(model).__name__}")
             return
-        packed = {name for layer in layers for leaf, name in self.tensors.of(layer).items() if leaf != "bias"}
+        packed = {name for layer in layers for part in self._parts(layer) for name in self._leaves(part).values()}
         wanted = {name: t for name, t in model.state_dict().items() if name not in self.tied}
         files = ", ".join(sorted({place.file for place in self.tensors.places.values()}))
         if missing := wanted.keys() - self.tensors.places.keys():
@@ -78,17 +82,22 @@ class Own:
         if unknown := self.tensors.places.keys() - wanted.keys() - packed:
             raise ValueError(f"from_pretrained: {files} holds {len(unknown)} unknown tensors: {_some(unknown)}")
         for name, tensor in wanted.items():
-            if (shape := self.tensors.shape(name)) != list(tensor.shape):
-                raise ValueError(
-                    f"from_pretrained: {self.tensors.file_of(name)}: {name} must be {list(tensor.shape)}, got {shape}"
-                )
+            shape, dtype = self.tensors.shape(name), self.tensors.dtype(name)
+            where = f"from_pretrained: {self.tensors.file_of(name)}: {name}"
+            if shape != list(tensor.shape):
+                raise ValueError(f"{where} must be {list(tensor.shape)}, got {shape}")
+            if dtype not in (FLOATS.values() if tensor.is_floating_point() else (tensor.dtype,)):
+                raise ValueError(f"{where} must be of a dtype such as {tensor.dtype}, got {dtype}")
         if unknown := {name for name in self.extra.places if name.rpartition(".")[0] not in layers}:
             raise ValueError(f"from_pretrained: {EXTRA} holds unknown tensors: {_some(unknown)}")
 
     def read(self, name: str, layer: PackedLinear) -> Weight:
         """The packed weight of a layer. ValueError for what is missing or out of range in its tensors."""
         kind, shape, group_size, _, record = _entry(name, self.entries[name])
-        own = {leaf: self.tensors.read(key) for leaf, key in self.tensors.of(name).items() if leaf != "bias"}
+        parts = [
+            {leaf: self.tensors.read(key) for leaf, key in self._leaves(part).items()} for part in self._parts(name)
+        ]
+        own = join(name, parts, self.format) if "parts" in self.entries[name] else parts[0]
         extra = {leaf: self.extra.read(key) for leaf, key in self.extra.of(name).items()}
         if layer.conv1d and "weight" in own and "weight_scale" not in own:
             own["weight"] = own["weight"].T.contiguous()
@@ -98,6 +107,14 @@ class Own:
         decode = gptq_checkpoint.decode if self.format == "gptq" else ct.decode
         bits = record["num_bits"]
         return Weight(decode(kind, own, extra, shape=shape, group_size=group_size, bits=bits), bits, order)
+
+    def finish(self, model: nn.Module) -> None:
+        """ValueError unless what the folder says is tied is tied: it holds no values for it."""
+        if type(model).__name__ == self.meta["model_class"]:
+            shared = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+            for name, source in self.tied.items():
+                if name not in shared or shared[name] != shared.get(source):
+                    raise ValueError(f"from_pretrained: {META} ties {name} to {source}, which the model does not")
 
     def late_names(self, model: nn.Module) -> list[str]:
         """The tensors that transformers cannot find, as they are parts of a stack or have another name there."""
@@ -120,6 +137,15 @@ class Own:
         """Let go of the files."""
         self.tensors.close()
         self.extra.close()
+
+    def _parts(self, layer: str) -> list[str]:
+        """The names under which a layer is in the files: its own, or those of the matrices that it is made of."""
+        entry = self.entries[layer]
+        return [self.rename(part) for part in _names(layer, entry["parts"])] if "parts" in entry else [layer]
+
+    def _leaves(self, part: str) -> dict[str, str]:
+        """The tensors of a packed weight; what no layer has is left to be an unknown one."""
+        return {leaf: name for leaf, name in self.tensors.of(part).items() if leaf in LEAVES and leaf != "bias"}
 
     def _unstack(self, home: str, mixture: experts.Experts) -> None:
         """Name the parts of a mixture that is stored in the model's own layout. ValueError for a wrong stack."""

@@ -124,6 +124,7 @@ class LlmkernQuantizer(HfQuantizer):
         for name, source in self._ties.items():
             owner, leaf = name.rpartition(".")[::2]
             model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
+        self._source.finish(model)
         self.report = report_of(model, self._layers, self._source)
         self._source.close()
         self._source, self._layers = None, {}

@@ -49,7 +49,8 @@ def save_pretrained(stock: Callable[..., Any], model: Any, directory: Any, args:
     folder.mkdir(parents=True, exist_ok=True)
     origin = getattr(getattr(model, "hf_quantizer", None), "format", "compressed-tensors")
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.resolve().parent) as beside:
-        new = save(model, Path(beside, "new"), origin)
+        size = asked.arguments.get("max_shard_size", "5GB")
+        new = save(model, Path(beside, "new"), origin, max_shard_size=size)
         for old in _old(folder):
             old.unlink()
         # llmkern.json last: without it, half of the files are not taken for a folder of ours.

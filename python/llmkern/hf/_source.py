@@ -57,6 +57,10 @@ class Source(Protocol):
         """Those tensors."""
         ...
 
+    def finish(self, model: nn.Module) -> None:
+        """ValueError for what is not as the checkpoint says, now that everything is loaded."""
+        ...
+
     def why_dense(self, name: str) -> str:
         """Why a linear layer is not packed."""
         ...

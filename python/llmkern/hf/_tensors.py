@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from llmkern.weight_files import DTYPES
 
 
 class Place(NamedTuple):
@@ -52,6 +55,11 @@ class Tensors:
         file, key, at, turned = self.places[name]
         shape = list(self._files[file].get_slice(key).get_shape())[0 if at is None else 1 :]
         return shape[::-1] if turned else shape
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of a tensor, from the header; None for one that nothing here is made of."""
+        file, key = self.places[name][:2]
+        return DTYPES.get(self._files[file].get_slice(key).get_dtype())
 
     def read(self, name: str) -> Tensor:
         """A tensor's values, on the CPU."""
