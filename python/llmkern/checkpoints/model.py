@@ -89,8 +89,8 @@ class Loading:
         mixtures = {place.name.rsplit(".", 2)[0] for place in places.values()}
         with experts.unfused(self.model, only=mixtures.__contains__):
             sources = self._sources(places, {target.name for target in dense.values()})
-            for name, layers in sources.items():
-                experts.replace(self.model, {self.model.get_submodule(name): self._packed(name, layers)})
+            new = {name: self._packed(name, layers) for name, layers in sources.items()}
+            experts.replace(self.model, {self.model.get_submodule(name): layer for name, layer in new.items()})
         packed = {f"{name}.weight" for name in sources}
         tied = self.model.all_tied_weights_keys
         self.model.all_tied_weights_keys = {
