@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -165,7 +166,7 @@ def verdict(entry: Entry, forged: bool) -> str:
     except Exception as error:
         if "config.json" in configured:
             return "another configuration, which does not run"
-        if free and isinstance(error, RuntimeError) and "dtype" in str(error):
+        if free and isinstance(error, RuntimeError) and re.search("dtype|scalar type", str(error)):
             return "other dtypes, which torch does not multiply"
         raise AssertionError(f"the model does not run: {type(error).__name__}: {error}") from error
     if values or configured or (free and changed):

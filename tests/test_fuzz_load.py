@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmkern
@@ -78,9 +78,7 @@ def places(value, path=()):
     return found
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("name", ["llmkern.json", "config.json", "generation_config.json"])
 def test_any_value_anywhere_in_a_json_file(name, folder, data):

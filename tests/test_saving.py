@@ -19,6 +19,7 @@ from test_checkpoint import assert_same_model
 import llmkern
 from llmkern import checkpoint, checkpoint_folder, shards, weight_writer
 from llmkern.nn import PackedLinear
+from llmkern.packed_size import packed_size
 
 QUIET = pytest.mark.filterwarnings("ignore:save. llmkern.load reads this folder", "ignore:save. .* have zero points")
 pytestmark = QUIET
@@ -367,3 +368,21 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "m").is_symlink()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "there"]
     llmkern.load(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["rtn-int2-g16", "rtn-int3-g24-asym", "rtn-int3", "rtn-int4-g32-asym", "rtn-int8-asym", "magnitude-2:4-int3-g32"],
+)
+def test_plans_know_the_bytes_of_a_file(scheme, tmp_path):
+    model = tiny.llama()
+    recipe = llmkern.Recipe.parse(scheme)
+    planned = sum(
+        packed_size(tuple(layer.weight.shape), recipe, torch.float32).file_bytes
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    )
+    llmkern.patch(model, recipe)
+    llmkern.save(model, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    assert planned == sum(tensor.nbytes for name, tensor in tensors.items() if ".weight_" in name)
