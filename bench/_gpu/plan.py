@@ -41,6 +41,8 @@ FULL = (
     *_cells(GOAL_SHAPES[:3], MS, "all"),
     *_cells(OTHER_SHAPES[:1], MS, "all"),
 )
+# To tune by: what each kernel of ours takes where the goals are, then the peers.
+TUNING = (*_cells(GOAL_SHAPES[:2], GOAL_MS, "all"), *_cells(GOAL_SHAPES[:1], GOAL_MS))
 TINY = (*_cells(((64, 128), (32, 64)), (1, 8)), *_cells(((64, 128),), (8,), "all"))  # of a dry run
-PLANS = {"full": FULL, "tiny": TINY}
+PLANS = {"full": FULL, "tuning": TUNING, "tiny": TINY}
 EAGER_MS = (1, 16)  # where the time of a call from Python is taken as well
