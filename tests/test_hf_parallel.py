@@ -95,6 +95,13 @@ def test_other_kinds_of_parallelism_are_refused(kind):
         _parallel.rank_of(model)
 
 
+def test_tensor_parallel_of_another_kind_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(), _tp_size=2)
+    with pytest.raises(NotImplementedError, match="needs a newer transformers"):
+        _parallel.rank_of(model)
+    assert _parallel.rank_of(SimpleNamespace(config=SimpleNamespace())) is None
+
+
 def weights(n, k, generator):
     w = torch.randn(n, k, generator=generator)
     keep = torch.zeros(n, k // 4, 4).scatter_(2, torch.rand(n, k // 4, 4, generator=generator).argsort(-1)[..., :2], 1)

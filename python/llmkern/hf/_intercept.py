@@ -44,7 +44,8 @@ def install(module: ModuleType) -> None:
             return save(self, save_directory, *args, **kwargs)
         return _saving.save_pretrained(save, self, save_directory, args, kwargs)
 
-    module.ALL_EXPERTS_FUNCTIONS.register("llmkern", dense_experts)
+    if (implementations := getattr(module, "ALL_EXPERTS_FUNCTIONS", None)) is not None:  # not in the first 5.x
+        implementations.register("llmkern", dense_experts)
     save_pretrained._llmkern = True  # type: ignore[attr-defined]
     kind.from_pretrained = classmethod(from_pretrained)
     kind.save_pretrained = save_pretrained

@@ -53,6 +53,8 @@ def rank_of(model: Any) -> Rank | None:
                 f"from_pretrained: packed layers run in tensor parallel only, got {kind}={getattr(config, kind)}"
             )
     if (getattr(config, "tp_size", None) or 1) == 1:
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise NotImplementedError("from_pretrained: tensor parallel of packed layers needs a newer transformers")
         return None
     mesh = model._device_mesh
     mesh = mesh["tp"] if mesh is not None and mesh.ndim > 1 else mesh

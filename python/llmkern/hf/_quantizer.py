@@ -173,8 +173,10 @@ class LlmkernQuantizer(HfQuantizer):
     def _quiet(self, model: Any) -> None:
         """What the source has checked is no news: transformers would list every tensor of a packed layer."""
         late = [f"^{name}$".replace(".", r"\.") for name in (*self._source.late_names(model), *self._ties)]
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), ""}
-        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *late}
+        for key, more in (("_keys_to_ignore_on_load_unexpected", [""]), ("_keys_to_ignore_on_load_missing", late)):
+            known = getattr(model, key)
+            # A list or None in the first 5.x.
+            setattr(model, key, {*known, *more} if isinstance(known, set) else [*(known or ()), *more])
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         _dense.restore(model, dtype)
