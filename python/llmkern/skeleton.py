@@ -82,6 +82,8 @@ def _at_most(count: int) -> Iterator[None]:
         left -= 1
         if left < 0:
             raise ValueError(f"more than {count} parameters, which the files do not hold")
+        if parameter is not None:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as in `parameters_on_meta`
         register(self, name, parameter)
 
     nn.Module.register_parameter = counted  # type: ignore[method-assign, assignment]
