@@ -226,6 +226,7 @@ TENSORS = {
     "int: zero": ("int", put("weight_scale", lambda t: t * 0), (f"{NAME}.weight_scale'", "got 0.0 at [0, 0]")),
     "int: float codes": ("int", put("weight", lambda t: t.float()), (f"{NAME}.weight' must be int8, got float32",)),
     "sparse24: three": ("sparse24", put("bitmask", at((3, 1), 0b01110011)), ("columns 12..15 of row 3, keeps 3",)),
+    "sparse24: one": ("sparse24", put("bitmask", at((3, 1), 0b00010011)), ("columns 12..15 of row 3, keeps 1",)),
     "sparse24: values": ("sparse24", put("compressed", lambda t: t[:, :16]), ("must be [128, 32], got [128, 16]",)),
     "sparse24: nan": ("sparse24", put("compressed", at((2, 3), float("nan"))), ("must be finite, got nan at [2, 3]",)),
     "sparse24: shape": ("sparse24", put("shape", torch.tensor([64, 128])), ("must be [128, 64] as in the model",)),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+import zlib
 
 import pytest
 import tiny
@@ -44,6 +45,11 @@ def linear_names(model):
     }  # fmt: skip
 
 
+def seed_of(name):
+    """No two matrices of a model are alike."""
+    return zlib.crc32(name.encode()) % 10_000
+
+
 def chosen_of(model):
     names = linear_names(model)
     return lambda name: name in names or (".experts." in name and not name.endswith("gate"))
@@ -80,7 +86,7 @@ def assert_loaded(kind, path, model, made, **changes):
 def gptq_layers(bits, *, version="gptq", symmetric=True, group=16, order=False, seeds=None):
     def encode(name, n, k):
         # The layers that read one input have one order of columns, as they have one Hessian.
-        made = make(n, k, bits, symmetric=symmetric, group=group, order=order, seed=0 if order else len(name))
+        made = make(n, k, bits, symmetric=symmetric, group=group, order=order, seed=seed_of(name))
         if order:
             other = make(1, k, bits, symmetric=symmetric, group=group, order=True)
             made.index = other.index
@@ -121,7 +127,7 @@ def test_gptq_of_other_bits(bits, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen3_moe", "bert"])
 def test_awq(kind, tmp_path):
     def encode(name, n, k):
-        made = make(n, k, 4, symmetric=False, group=16)
+        made = make(n, k, 4, symmetric=False, group=16, seed=seed_of(name))
         return awq(made), made.dense()
 
     model = tiny.MODELS[kind]()
@@ -134,7 +140,7 @@ def test_awq(kind, tmp_path):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_pack_quantized(kind, symmetric, tmp_path):
     def encode(name, n, k):
-        made = make(n, k, 4, symmetric=symmetric, group=16, dtype=torch.bfloat16)
+        made = make(n, k, 4, symmetric=symmetric, group=16, dtype=torch.bfloat16, seed=seed_of(name))
         return pack_quantized(made, symmetric=symmetric), made.dense()
 
     model = tiny.MODELS[kind]()
@@ -147,7 +153,7 @@ def test_pack_quantized(kind, symmetric, tmp_path):
 @pytest.mark.parametrize("activations", [DYNAMIC, None])
 def test_int_quantized(activations, tmp_path):
     def encode(name, n, k):
-        made = make(n, k, 8, symmetric=True, dtype=torch.bfloat16)
+        made = make(n, k, 8, symmetric=True, dtype=torch.bfloat16, seed=seed_of(name))
         return int_quantized(made), made.dense()
 
     model = tiny.llama()
@@ -162,7 +168,7 @@ def test_int_quantized(activations, tmp_path):
 
 def test_fixed_activation_scales_become_dynamic_and_it_is_said(tmp_path):
     def encode(name, n, k):
-        made = make(n, k, 8, symmetric=True)
+        made = make(n, k, 8, symmetric=True, seed=seed_of(name))
         return int_quantized(made) | {"input_scale": torch.tensor([0.05])}, made.dense()
 
     model = tiny.llama()
@@ -179,10 +185,10 @@ def test_groups_of_a_mixed_checkpoint(tmp_path):
 
     def encode(name, n, k):
         if name.endswith("layers.0.mlp.up_proj"):
-            made = make(n, k, 8, symmetric=True)
+            made = make(n, k, 8, symmetric=True, seed=seed_of(name))
             return int_quantized(made), made.dense()
         bits = 3 if "self_attn" in name else 4
-        made = make(n, k, bits, symmetric=bits == 4, group=32)
+        made = make(n, k, bits, symmetric=bits == 4, group=32, seed=seed_of(name))
         return pack_quantized(made, symmetric=bits == 4), made.dense()
 
     model = tiny.llama()
@@ -243,7 +249,7 @@ def test_sparse(layout, codes, tmp_path, generator):
 
 def test_marlin_24(tmp_path, generator):
     def encode(name, n, k):
-        made = make(n, k, 4, symmetric=True)
+        made = make(n, k, 4, symmetric=True, seed=seed_of(name))
         made.u = torch.where(mask_24(n, k, generator), made.u, 8)
         return marlin_24(made.u - 8, made.s, 4, None), made.dense()
 
@@ -255,7 +261,7 @@ def test_marlin_24(tmp_path, generator):
 
 def test_zeros_are_left_out_where_asked(tmp_path, generator):
     def encode(name, n, k):
-        made = make(n, k, 4, symmetric=True, group=16)
+        made = make(n, k, 4, symmetric=True, group=16, seed=seed_of(name))
         made.u = torch.where(mask_24(n, k, generator), made.u, 8)
         return pack_quantized(made, symmetric=True), made.dense()
 
@@ -287,7 +293,7 @@ def test_a_packed_head(kind, tmp_path):
 def test_rules_for_single_layers_of_gptqmodel(tmp_path):
     def encode(name, n, k):
         bits, group = (8, 32) if "down_proj" in name else (4, 16)
-        made = make(n, k, bits, symmetric=True, group=group)
+        made = make(n, k, bits, symmetric=True, group=group, seed=seed_of(name))
         return gptq(made), made.dense()
 
     model = tiny.llama()
@@ -319,7 +325,7 @@ def test_a_config_in_a_file_of_its_own_and_a_file_of_its_own_name(tmp_path):
 
 def test_who_wrote_a_v1_file_is_read_from_the_other_config(tmp_path):
     def encode(name, n, k):
-        made = make(n, k, 4, symmetric=False, group=16, low_zero=0)
+        made = make(n, k, 4, symmetric=False, group=16, low_zero=0, seed=seed_of(name))
         return gptq(made, borrow=True), made.dense()
 
     model = tiny.llama()
@@ -368,7 +374,7 @@ def test_the_hubs_cache_of_links(link, tmp_path):
 @pytest.mark.parametrize("layout", ["gptq", "awq", "pack-quantized"])
 def test_describe(layout, tmp_path):
     def encode(name, n, k):
-        made = make(n, k, 4, symmetric=layout != "awq", group=16)
+        made = make(n, k, 4, symmetric=layout != "awq", group=16, seed=seed_of(name))
         encoders = {"gptq": gptq, "awq": awq, "pack-quantized": lambda made: pack_quantized(made, symmetric=True)}
         return encoders[layout](made), made.dense()
 
@@ -391,6 +397,7 @@ def test_describe(layout, tmp_path):
     assert files - 100_000 < found.nbytes < files
     assert found.layer_bytes == sum(layer.nbytes for layer in found.layers) < found.nbytes
     json.dumps(found.to_dict())
+    assert llmkern.checkpoints.describe is describe
 
 
 def test_describe_our_own_folder(tmp_path):
