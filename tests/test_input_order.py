@@ -94,7 +94,7 @@ def test_other_readers_refuse_the_folder(tmp_path):
     pytest.importorskip("compressed_tensors")
     with pytest.warns(UserWarning, match="other readers cannot"):
         llmkern.save(ordered_model(), tmp_path / "m")
-    with pytest.raises(ValueError, match="format"):
+    with llmkern.hf.stock(), pytest.raises(ValueError, match="format"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 

@@ -85,7 +85,8 @@ def stock(path, kind="llama", **options):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     cls = {"bert": transformers.AutoModelForMaskedLM}.get(kind, transformers.AutoModelForCausalLM)
-    return cls.from_pretrained(path, dtype="auto", **options).eval()
+    with llmkern.hf.stock():
+        return cls.from_pretrained(path, dtype="auto", **options).eval()
 
 
 def assert_close(kind, got, wanted, tolerance=1e-5):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llmkern import formats, ops
+from llmkern import formats, hf, ops
 from llmkern._registry import force, kernels, refuse_unknown_disabled
 from llmkern._version import __version__
 from llmkern._why import why
@@ -30,6 +30,7 @@ __all__ = [
     "compress",
     "force",
     "formats",
+    "hf",
     "kernels",
     "load",
     "ops",

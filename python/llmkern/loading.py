@@ -187,7 +187,7 @@ def _names(name: str, parts: Any) -> list[str]:
     return parts
 
 
-def _rename(tensors: dict[str, Tensor], renamed: Any) -> None:
+def _rename(tensors: dict[str, Any], renamed: Any) -> None:
     """Give tensors the names that they have in the model. ValueError for names that are none."""
     if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
         raise ValueError(f"load: {META} needs renamed as a dict of names, got {renamed!r:.200}")

@@ -43,6 +43,8 @@ class NoWeight:
     something that torch's functions do not simply compute with; then it calls the layer.
     """
 
+    _is_hf_initialized = True  # transformers gives values to what it did not find in a checkpoint, unless this says so
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """TypeError for any function of torch."""
@@ -89,7 +91,7 @@ class PackedLinear(nn.Module):
         self.format = type(packed).__name__
         if self.format not in FORMATS:
             raise TypeError(f"PackedLinear: wanted a packed weight of llmkern.formats, got {self.format}")
-        self.out_features, self.in_features = packed.shape
+        self.out_features, self.in_features = self.shape = packed.shape
         self.group_size = packed.group_size
         self.activations, self.conv1d, self.method = activations, conv1d, method
         self.num_bits, self.act_order = _bits(packed, num_bits), act_order
@@ -138,7 +140,24 @@ class PackedLinear(nn.Module):
         validated again.
         """
         tensors: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[self.format]}
-        return FORMATS[self.format](**tensors, shape=(self.out_features, self.in_features), group_size=self.group_size)
+        return FORMATS[self.format](**tensors, shape=self.shape, group_size=self.group_size)
+
+    def fill(self, packed: PackedWeight, num_bits: int | None = None, input_order: Tensor | None = None) -> None:
+        """Take this weight in the place of the one here, of whatever format; arguments as for a new layer.
+
+        Its shape is that of the layer, or less where the layer is one rank's share of a larger one (tensor parallel):
+        `shape` is what is held, `out_features` and `in_features` are those of the whole layer.
+        """
+        self.format, self.shape, self.group_size = type(packed).__name__, packed.shape, packed.group_size
+        self._op, self._extra = _op(self.format, self.activations)
+        self.num_bits = _bits(packed, num_bits)
+        order = None if input_order is None else _checked_order(input_order, self.in_features)
+        self._buffers = {name: packed.tensors().get(name) for name in TENSORS[self.format]} | {ORDER: order}
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it holds one rank's share of its weight."""
+        return self.shape != (self.out_features, self.in_features)
 
     @property
     def nbytes(self) -> int:

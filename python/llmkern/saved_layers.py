@@ -56,6 +56,8 @@ def encode_model(model: nn.Module, format: str) -> Encoded:
 
 
 def _add_layer(found: Encoded, name: str, layer: PackedLinear, format: str, dtype: torch.dtype) -> None:
+    if layer.is_share:
+        raise ValueError(f"save: layer {name} holds one rank's share of its weight; load it on one rank")
     packed = layer.packed
     if format == "dense":
         shape = torch.Size(packed.shape[::-1] if layer.conv1d else packed.shape)
