@@ -375,7 +375,7 @@ def truncate(path):
 
 
 DAMAGE = {
-    "no meta": (lambda path: (path / "llmkern.json").unlink(), "holds no llmkern.json"),
+    "nothing": (lambda path: [(path / name).unlink() for name in ("llmkern.json", "config.json")], "no llmkern.json"),
     "broken meta": (lambda path: (path / "llmkern.json").write_text("{"), "llmkern.json cannot be read"),
     "list meta": (lambda path: (path / "llmkern.json").write_text("[]"), "must hold an object"),
     "newer": (edit(lambda meta: meta.update(format_version=99)), "format_version 99"),

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from llmkern import expert_tensors, experts, streaming
 from llmkern._files import flush
 from llmkern._version import __version__
+from llmkern.checkpoints import read_model
 from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
-from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
+from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import swap_all
 from llmkern.report import Report
 from llmkern.weight_files import parameters_on_meta
@@ -81,7 +82,7 @@ def save(
         config["tie_word_embeddings"] = False
     elif head:  # the key also says what else is tied, or scales what T5's head gets
         unread[head] = "its weight was tied to the embeddings, as config.json still says"
-    standard = not by_expert and not any(layers[name]["conv1d"] for name, _, _ in schemes)
+    standard = not by_expert and not any(layers[name]["conv1d"] or ORDER in layers[name] for name, _, _ in schemes)
     if (quantization := _quantization(model, format, schemes, standard)) is not None:
         config["quantization_config"] = quantization
     _warn_of(unread)
@@ -111,14 +112,17 @@ def save(
 
 
 def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
-    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit.
+    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit; of one that
+    others wrote (compressed-tensors, GPTQ, AWQ) by `llmkern.checkpoints`, packed too.
 
     Packed weights go straight from the file into their layers; nothing is unpickled and no code of the folder runs.
-    Raises FileNotFoundError without a folder or llmkern.json, ValueError for anything missing, unknown, of another
+    Raises FileNotFoundError without a folder of either kind, ValueError for anything missing, unknown, of another
     shape, or out of range.
     """
     folder = Path(path)
     device = torch.device("cpu" if device is None else device)
+    if not (folder / META).is_file() and (folder / "config.json").is_file():
+        return read_model(folder, device)
     meta = _read_meta(folder)
     model = _skeleton(folder, meta["model_class"])
     tensors = _read_tensors(folder / WEIGHTS, device)
@@ -177,10 +181,14 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             schemes.append((name, stored.scheme, layer.activations))
             if layer.conv1d:
                 unread[name] = "it is a Conv1D"
+            elif layer.input_order is not None:
+                unread[name] = "its columns are in an order of their own"
             elif packed.shape[1] % packed.group_size:
                 unread[name] = f"K={packed.shape[1]} is not a multiple of group_size {packed.group_size}"
         tensors |= {f"{name}.{key}": _or_later(t, layer, format, key) for key, t in stored.tensors.items()}
         extra |= {f"{name}.{key}": tensor for key, tensor in stored.extra.items()}
+        if layer.input_order is not None:
+            extra[f"{name}.{ORDER}"] = layer.input_order
         layers[name] = {
             "class": layer.format,
             "shape": list(packed.shape),
@@ -188,6 +196,7 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
             "activations": layer.activations,
             "conv1d": layer.conv1d,
             "method": layer.method,
+            **({} if layer.input_order is None else {ORDER: True}),
         }
     return tensors, extra, layers, schemes, unread
 
@@ -195,15 +204,19 @@ def _encode_layers(model: nn.Module, format: str) -> tuple[dict, dict, dict, Sch
 def _encode(layer: PackedLinear, format: str) -> ct.Stored:
     """A layer in the layout of a format. ValueError for what the format cannot hold."""
     if format == "gptq":
+        if layer.input_order is not None:
+            raise ValueError("gptq: columns in an order of their own are not written; use compressed-tensors")
         return gptq_checkpoint.encode(layer.packed)
     stored = ct.encode(layer.packed, activations=layer.activations)
+    if stored.scheme is None and layer.input_order is not None:
+        raise ValueError("columns in an order of their own are saved with codes only")
     if stored.scheme is None and layer.conv1d:
         return stored._replace(tensors={"weight": stored.tensors["weight"].T.contiguous()})
     return stored
 
 
 def _dense(layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-    dense = layer.packed.unpack(dtype)
+    dense = layer.unpack(dtype)
     return dense.T.contiguous() if layer.conv1d else dense
 
 
@@ -342,7 +355,7 @@ def _alive(pid: int) -> bool:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file():
-        raise FileNotFoundError(f"load: {folder} holds no {META}: not a folder that llmkern.save wrote")
+        raise FileNotFoundError(f"load: {folder} holds no {META} and no config.json: not a folder of a model")
     meta = _read_json(folder / META)
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
@@ -423,12 +436,17 @@ def _restore_layer(
         raise ValueError(
             f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
         )
+    beside = _take(extra, name)
+    order = beside.pop(ORDER, None)
+    if (order is not None) != bool(entry.get(ORDER)):
+        raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     try:
-        packed = decode(kind, own, _take(extra, name), shape=shape, group_size=group_size)
+        packed = decode(kind, own, beside, shape=shape, group_size=group_size)
         parameter = None if bias is None else nn.Parameter(bias)
         return PackedLinear(
-            packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", ""))
-        )
+            packed, parameter, activations=activations, conv1d=is_conv1d(dense), method=str(entry.get("method", "")),
+            input_order=order,
+        )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise ValueError(f"load: layer {name}: {error}") from None
 

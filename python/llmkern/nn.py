@@ -31,6 +31,8 @@ TENSORS = {
     "BitmaskWeight": ("values", "bits", "row_offsets", "scales"),
 }
 
+ORDER = "input_order"
+
 
 class NoWeight:
     """What a packed layer has in the place of its dense weight: no tensor, and an error for functions that take it.
@@ -57,17 +59,24 @@ class PackedLinear(nn.Module):
     `state_dict`, `to`, `deepcopy` and `pickle` work; they move between devices but keep their dtypes (a cast would
     change the weight). `activations="int8"` quantizes x per token on the fly (Int4Weight and Int8Weight only).
 
+    `input_order` (a buffer too, int32 [K] or None): column j of the packed weight multiplies x[..., input_order[j]],
+    as in checkpoints whose columns are grouped by their activations.
+
     The bias is the parameter it was. Gradients flow to x and the bias, never to the weight.
     """
 
     weight = NoWeight()  # no dense weight is kept; see `unpack`
     bias: nn.Parameter | None
+    input_order: Tensor | None
 
     def __init__(
         self, packed: PackedWeight, bias: Tensor | None = None, *, activations: str | None = None,
-        conv1d: bool = False, method: str = "",
+        conv1d: bool = False, method: str = "", input_order: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """`conv1d`: the dense layer it stands for keeps its weight as [K, N]; `method`: the recipe that made it."""
+        """`conv1d`: the dense layer it stands for keeps its weight as [K, N]; `method`: the recipe that made it.
+
+        ValueError for a bias of another length, or an `input_order` that is no permutation.
+        """
         super().__init__()
         self.format = type(packed).__name__
         if self.format not in FORMATS:
@@ -79,6 +88,7 @@ class PackedLinear(nn.Module):
         tensors = packed.tensors()
         for name in TENSORS[self.format]:
             self.register_buffer(name, tensors.get(name))
+        self.register_buffer(ORDER, None if input_order is None else _checked_order(input_order, self.in_features))
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(f"PackedLinear: bias must be [N]=[{self.out_features}], got {list(bias.shape)}")
         if bias is not None and not isinstance(bias, nn.Parameter):
@@ -101,6 +111,8 @@ class PackedLinear(nn.Module):
         """The product with a bias [N] of the caller's instead of the layer's own."""
         buffers = self._buffers
         weight = [buffers[name] for name in TENSORS[self.format]]
+        if (order := buffers[ORDER]) is not None:
+            x = x.index_select(-1, order)
         return OPS[self._op].op(x, *weight, bias, self.group_size, *self._extra)
 
     @property
@@ -110,18 +122,22 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as one of `llmkern.formats`, sharing this layer's tensors; not validated again."""
+        """The weight as one of `llmkern.formats`, sharing this layer's tensors, its columns in `input_order`; not
+        validated again.
+        """
         tensors: dict[str, Any] = {name: self._buffers[name] for name in TENSORS[self.format]}
         return FORMATS[self.format](**tensors, shape=(self.out_features, self.in_features), group_size=self.group_size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight, without the bias."""
-        return self.packed.nbytes
+        """Bytes of the packed weight and the order of its columns, without the bias."""
+        order = self._buffers[ORDER]
+        return self.packed.nbytes + (0 if order is None else order.nbytes)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [N, K]."""
-        return self.packed.unpack(dtype)
+        """The dense weight [N, K], its columns in the order of x."""
+        dense, order = self.packed.unpack(dtype), self._buffers[ORDER]
+        return dense if order is None else dense.index_select(1, order.argsort())
 
     def extra_repr(self) -> str:
         """Format, shape and grid, as `print(model)` shows them."""
@@ -131,6 +147,7 @@ class PackedLinear(nn.Module):
             f"{self.in_features}, {self.out_features}, {self.format}, {str(values).removeprefix('torch.')}, {groups}",
             f"bias={self.bias is not None}",
             f"activations={self.activations}" if self.activations else "",
+            "input_order" if self._buffers[ORDER] is not None else "",
         ]
         return ", ".join(part for part in parts if part)
 
@@ -142,6 +159,15 @@ class PackedLinear(nn.Module):
             if tensor is not None and after is not None and after.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(after.device)
         return self
+
+
+def _checked_order(order: Tensor, k: int) -> Tensor:
+    """The order as int32 [K]. ValueError unless it holds every column once."""
+    if order.dtype not in (torch.int32, torch.int64) or order.shape != (k,):
+        raise ValueError(f"PackedLinear: input_order must be int32 [K]=[{k}], got {order.dtype} {list(order.shape)}")
+    if not torch.equal(order.sort().values.long(), torch.arange(k, device=order.device)):
+        raise ValueError(f"PackedLinear: input_order must hold each of 0..{k - 1} once")
+    return order.to(torch.int32)
 
 
 def _op(name: str, activations: str | None) -> tuple[str, tuple[Any, ...]]:
