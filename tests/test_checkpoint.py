@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import llmkern
 from llmkern.experts import Experts
-from llmkern.formats import compressed_tensors as ct
 from llmkern.nn import PackedLinear
 
 SCHEMES = (
-    "rtn-int4-g32", "rtn-int4-g24-asym", "rtn-int8", "rtn-int8-g32-asym", "w8a8", "rtn-int4-g32-a8", "magnitude-2:4",
-    "magnitude-2:4-int4-g32", "magnitude-2:4-int8", "magnitude-0.5", "magnitude-0.5-int8",
+    "rtn-int2-g32", "rtn-int3-g32", "rtn-int3-g24-asym", "rtn-int4-g32", "rtn-int4-g24-asym", "rtn-int8",
+    "rtn-int8-g32-asym", "w8a8", "rtn-int4-g32-a8", "magnitude-2:4", "magnitude-2:4-int3-g32", "magnitude-2:4-int4-g32",
+    "magnitude-2:4-int8", "magnitude-0.5", "magnitude-0.5-int8",
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def assert_same_model(kind, got, wanted):
     for one, two in zip(got.modules(), wanted.modules(), strict=True):
         assert type(one) is type(two)
         if isinstance(one, PackedLinear):
-            assert (one.format, one.group_size, one.activations) == (two.format, two.group_size, two.activations)
+            for key in ("format", "group_size", "activations", "method", "num_bits", "act_order", "conv1d"):
+                assert getattr(one, key) == getattr(two, key), key
     assert torch.equal(tiny.output(kind, got, ids), tiny.output(kind, wanted, ids))
 
 
@@ -165,7 +166,10 @@ def test_stock_transformers_reads_mixtures_without_codes(kind, scheme, tmp_path)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["rtn-int4-g32", "rtn-int8", "magnitude-2:4-int4-g32", "magnitude-2:4", "w8a8"])
+@pytest.mark.parametrize("scheme", [
+    "rtn-int2-g32", "rtn-int3-g32", "rtn-int3", "rtn-int4-g32", "rtn-int8", "magnitude-2:4-int3-g32",
+    "magnitude-2:4-int4-g32", "magnitude-2:4", "w8a8",
+])  # fmt: skip
 def test_stock_transformers_reads_the_folder(scheme, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
@@ -203,18 +207,13 @@ def test_words_on_disk_are_those_of_the_layer(tmp_path):
     assert f"{name}.weight_zero_point" not in tensors
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(5, 7), (8, 8), (1, 1), (33, 12)])
-def test_zero_points_and_bytes_survive_packing(bits, n, k):
-    low = -(2 ** (bits - 1))
-    zeros = torch.randint(low, -low, (n, k), dtype=torch.int8)
-    words = ct.pack_zeros(zeros, bits)
-    assert words.shape == (-(-n * bits // 32), k)
-    assert torch.equal(ct.unpack_zeros(words, n, bits), zeros)
-    assert torch.equal(ct.unpack_bytes(ct.pack_bytes(zeros), k), zeros)
+def fields_of(words, bits):
+    """Unsigned fields [rows, words * 32 / bits] of rows of words, least significant bit first, across words."""
+    on = (words.long().unsqueeze(-1) >> torch.arange(32) & 1).flatten(1)
+    return (on.view(len(on), -1, bits) << torch.arange(bits)).sum(-1)
 
 
-@pytest.mark.parametrize("scheme", ["rtn-int4-g32", "rtn-int8", "rtn-int8-g32"])
+@pytest.mark.parametrize("scheme", ["rtn-int2-g32", "rtn-int3-g32", "rtn-int4-g32", "rtn-int8", "rtn-int8-g32"])
 def test_gptq_v1_says_the_same_weights(scheme, tmp_path):
     """Dequantized by the format's own definition: w = (u - z - 1) * s[g_idx], u and z least significant first."""
     model = tiny.llama()
@@ -228,9 +227,7 @@ def test_gptq_v1_says_the_same_weights(scheme, tmp_path):
         for key, tensor in tensors.items()
         if key.startswith("model.layers.0.self_attn.q_")
     }
-    shifts = torch.arange(0, 32, bits)
-    u = (own["qweight"].long().unsqueeze(1) >> shifts.view(1, -1, 1) & 2**bits - 1).flatten(0, 1)
-    z = (own["qzeros"].long().unsqueeze(-1) >> shifts & 2**bits - 1).flatten(1)
+    u, z = fields_of(own["qweight"].T, bits).T, fields_of(own["qzeros"], bits)
     index = own["g_idx"].long()
     dense = (u - z[index] - 1).float() * own["scales"][index].float()
     assert torch.equal(dense.T, layer.unpack())
@@ -241,7 +238,7 @@ def test_gptq_refuses_what_it_cannot_hold(tmp_path):
     cases = {
         "rtn-int4-g32-asym": "only symmetric codes",
         "rtn-int4-g24": "multiples of 32",
-        "magnitude-2:4": "holds 4- and 8-bit codes",
+        "magnitude-2:4": "holds dense codes of integers",
         "rtn-int4-g32": "scale_dtype float16",
     }
     for scheme, text in cases.items():
@@ -392,6 +389,10 @@ DAMAGE = {
     "group 0": (edit_layer(group_size=0), "group_size must be"),
     "stranger": (edit(lambda meta: meta["layers"].update({"a.b": meta["layers"][NAME]})), "does not have"),
     "norm": (edit(lambda meta: meta["layers"].update({"model.norm": meta["layers"][NAME]})), "wanted a linear layer"),
+    "bits": (edit_layer(num_bits=5), "bad entry for layer"),
+    "fewer bits": (edit_layer(num_bits=3), "weight_packed of 3 bits: wanted int32"),
+    "order": (edit_layer(act_order="group"), "bad entry for layer"),
+    "method": (edit_layer(method=None), "bad entry for layer"),
     "no words": (edit_tensors(lambda tensors: tensors.pop(f"{NAME}.weight_packed")), "missing tensor 'weight_packed'"),
     "no scale": (edit_tensors(lambda tensors: tensors.pop(f"{NAME}.weight_scale")), "missing tensor 'scales'"),
     "nan": (edit_tensors(lambda tensors: tensors[f"{NAME}.weight_scale"].fill_(float("nan"))), "must be finite"),

@@ -30,7 +30,8 @@ TENSORS = {
     "Sparse24Int4Weight": ("words", "positions", "scales"),
     "BitmaskWeight": ("values", "bits", "row_offsets", "scales"),
 }
-
+# Bits of a code as the format stores it; None for float values.
+STORED_BITS = {"Int8Weight": 8, "Int4Weight": 4, "Sparse24Int4Weight": 4}
 ORDER = "input_order"
 
 
@@ -63,6 +64,9 @@ class PackedLinear(nn.Module):
     as in checkpoints whose columns are grouped by their activations.
 
     The bias is the parameter it was. Gradients flow to x and the bias, never to the weight.
+
+    `method`, `num_bits` and `act_order` are a record of how the weight was made, for whoever saves it: `num_bits` (2,
+    3, 4, 8, None for float values) may be fewer than the format stores, and the codes are within their range.
     """
 
     weight = NoWeight()  # no dense weight is kept; see `unpack`
@@ -71,11 +75,14 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self, packed: PackedWeight, bias: Tensor | None = None, *, activations: str | None = None,
-        conv1d: bool = False, method: str = "", input_order: Tensor | None = None,
+        conv1d: bool = False, method: str = "", num_bits: int | None = None, act_order: str | None = None,
+        input_order: Tensor | None = None,
     ) -> None:  # fmt: skip
         """`conv1d`: the dense layer it stands for keeps its weight as [K, N]; `method`: the recipe that made it.
 
-        ValueError for a bias of another length, or an `input_order` that is no permutation.
+        num_bits: of its codes, by default what the format stores. act_order: "static" if the solver took the columns in
+        the order of their activations. ValueError for a wrong bias or option, or an `input_order` that is no
+        permutation.
         """
         super().__init__()
         self.format = type(packed).__name__
@@ -84,6 +91,9 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.group_size = packed.group_size
         self.activations, self.conv1d, self.method = activations, conv1d, method
+        self.num_bits, self.act_order = _bits(packed, num_bits), act_order
+        if act_order not in (None, "static"):
+            raise ValueError(f'PackedLinear: act_order must be None or "static", got {act_order!r}')
         self._op, self._extra = _op(self.format, activations)
         tensors = packed.tensors()
         for name in TENSORS[self.format]:
@@ -97,10 +107,15 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, packed: PackedWeight, *, activations: str | None = None, method: str = ""
-    ) -> PackedLinear:
+        cls, linear: nn.Module, packed: PackedWeight, *, activations: str | None = None, method: str = "",
+        num_bits: int | None = None, act_order: str | None = None,
+    ) -> PackedLinear:  # fmt: skip
         """The layer that replaces `linear` (nn.Linear or Conv1D): its bias and training mode, with a packed weight."""
-        layer = cls(packed, linear.bias, activations=activations, conv1d=is_conv1d(linear), method=method)  # type: ignore[arg-type]
+        bias: Any = linear.bias
+        layer = cls(
+            packed, bias, activations=activations, conv1d=is_conv1d(linear), method=method, num_bits=num_bits,
+            act_order=act_order,
+        )  # fmt: skip
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,6 +160,7 @@ class PackedLinear(nn.Module):
         values = next(iter(self.packed.tensors().values())).dtype
         parts = [
             f"{self.in_features}, {self.out_features}, {self.format}, {str(values).removeprefix('torch.')}, {groups}",
+            f"num_bits={self.num_bits}" if self.num_bits != STORED_BITS.get(self.format, self.num_bits) else "",
             f"bias={self.bias is not None}",
             f"activations={self.activations}" if self.activations else "",
             "input_order" if self._buffers[ORDER] is not None else "",
@@ -183,6 +199,18 @@ def _op(name: str, activations: str | None) -> tuple[str, tuple[Any, ...]]:
     return FORMATS[name].ops[0], ()
 
 
+def _bits(packed: PackedWeight, bits: int | None) -> int | None:
+    """The bits of the codes; ValueError for some that the format cannot have."""
+    name = type(packed).__name__
+    stored = STORED_BITS.get(name, 8 if getattr(packed, "scales", None) is not None else None)
+    if bits is None:
+        return stored
+    possible = (2, 3, 4) if stored == 4 else (stored,)
+    if type(bits) is not int or bits not in possible:
+        raise ValueError(f"PackedLinear: num_bits of {name} must be one of {possible}, got {bits!r}")
+    return bits
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a dense linear layer: nn.Linear itself, or a Conv1D of GPT-2."""
     return type(module) is nn.Linear or is_conv1d(module)
@@ -200,3 +228,13 @@ def dense_weight(linear: nn.Module) -> Tensor:
     """The weight [N, K] of a dense linear layer, a view of its parameter."""
     weight = linear.weight.detach()  # type: ignore[operator]
     return weight.T if is_conv1d(linear) else weight
+
+
+def packed_names(model: nn.Module) -> set[str]:
+    """The names of all tensors of packed weights."""
+    return {
+        f"{name}.{buffer}"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, PackedLinear)
+        for buffer in layer._buffers
+    }

@@ -144,7 +144,10 @@ def solve_and_keep(
     notes, problems = facts_and_problems(solution)
     if solution.packed is None:
         raise ValueError(f"{caller}: layer {name}: no packed format holds the result of {recipe}")
-    packed = PackedLinear.from_linear(layer, solution.packed, activations=recipe.activations, method=str(recipe))
+    packed = PackedLinear.from_linear(
+        layer, solution.packed, activations=recipe.activations, method=str(recipe), num_bits=recipe.bits,
+        act_order="static" if recipe.orders_columns else None,
+    )  # fmt: skip
     row = Row(
         name=name,
         shape=(packed.out_features, packed.in_features),

@@ -1,0 +1,209 @@
+"""load: a model from a folder that `save` wrote, its layers packed as they were; nothing in a file is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern import expert_tensors, experts
+from llmkern._version import __version__
+from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, WEIGHTS
+from llmkern.checkpoints import read_model
+from llmkern.formats import PackedWeight, gptq_checkpoint
+from llmkern.formats import compressed_tensors as ct
+from llmkern.formats.bit_words import BITS
+from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
+from llmkern.patching import swap_all
+from llmkern.weight_files import parameters_on_meta
+
+
+def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
+    """The model of a folder that `save` wrote, in eval mode, its layers packed as they were, bit for bit; of one that
+    others wrote (compressed-tensors, GPTQ, AWQ) by `llmkern.checkpoints`, packed too.
+
+    Packed weights go straight from the file into their layers; nothing is unpickled and no code of the folder runs.
+    Raises FileNotFoundError without a folder of either kind, ValueError for anything missing, unknown, of another
+    shape, or out of range.
+    """
+    folder = Path(path)
+    device = torch.device("cpu" if device is None else device)
+    if not (folder / META).is_file() and (folder / "config.json").is_file():
+        return read_model(folder, device)
+    meta = _read_meta(folder)
+    model = _skeleton(folder, meta["model_class"])
+    tensors = _read_tensors(folder / WEIGHTS, device)
+    extra = _read_tensors(folder / EXTRA, device) if (folder / EXTRA).exists() else {}
+    decode = gptq_checkpoint.decode if meta["format"] == "gptq" else ct.decode
+    # A mixture of which a layer was packed was saved as `Experts`: its layers have names of their own.
+    homes = {parent for name in meta["layers"] for parent in accumulate(name.split("."), "{}.{}".format)}
+    with experts.unfused(model, only=homes.__contains__):
+        expert_tensors.split(tensors, experts.mixtures(model))
+        swap_all(model, {
+            name: _restore_layer(model, name, entry, tensors, extra, decode, meta["tied"])
+            for name, entry in meta["layers"].items()
+        })  # fmt: skip
+    if extra:
+        raise ValueError(f"load: {EXTRA} holds unknown tensors: {_some(extra)}")
+    _restore_rest(model, tensors, meta["tied"])
+    return model.to(device).eval()
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    if not (folder / META).is_file():
+        raise FileNotFoundError(f"load: {folder} holds no {META} and no config.json: not a folder of a model")
+    meta = _read_json(folder / META)
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"load: {META} has format_version {version!r}; this llmkern {__version__} reads {FORMAT_VERSION}"
+        )
+    if meta.get("format") not in FORMATS:
+        raise ValueError(f"load: {META} has format {meta.get('format')!r}; known: {', '.join(FORMATS)}")
+    for key, kind in (("model_class", str), ("layers", dict), ("tied", dict)):
+        if not isinstance(meta.get(key), kind):
+            raise ValueError(f"load: {META} needs {key} as a {kind.__name__}, got {meta.get(key)!r}")
+    return meta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load: {path.name} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"load: {path.name} must hold an object, got {type(data).__name__}")
+    return data
+
+
+def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load: {path.name} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _skeleton(folder: Path, class_name: str) -> Any:
+    """The model without weights: its parameters on the meta device, its other buffers computed as the model does."""
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("load: transformers is not installed; pip install 'llmkern[hf]'") from None
+
+    kind = getattr(transformers, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"load: {META} names the model class {class_name!r}, which transformers does not have")
+    _read_json(folder / "config.json")
+    config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with parameters_on_meta():
+        model = kind._from_config(config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _restore_layer(
+    model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor], extra: dict[str, Tensor],
+    decode: Callable[..., PackedWeight], tied: dict[str, str],
+) -> PackedLinear:  # fmt: skip
+    """The packed layer `name`; its tensors are taken out of `tensors` and `extra`."""
+    kind, shape, group_size, activations, record = _entry(name, entry)
+    try:
+        dense = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"load: {META} names the layer {name}, which the model does not have") from None
+    if not is_linear(dense):
+        raise ValueError(f"load: layer {name} is a {type(dense).__name__}, wanted a linear layer")
+    wanted = tuple(dense_weight(dense).shape)
+    if shape != wanted:
+        raise ValueError(f"load: layer {name} is {list(shape)} in {META}, but {list(wanted)} in the model")
+    own = _take(tensors, name)
+    bias = own.pop("bias", None)
+    if f"{name}.bias" in tied:
+        bias = dense.get_parameter("bias")  # without values: they are another parameter's
+    if "weight" in own and "weight_scale" not in own and is_conv1d(dense):
+        own["weight"] = own["weight"].T.contiguous()
+    if (bias is None) != (dense.bias is None):
+        raise ValueError(
+            f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
+        )
+    beside = _take(extra, name)
+    order = beside.pop(ORDER, None)
+    if (order is not None) != bool(entry.get(ORDER)):
+        raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
+    try:
+        packed = decode(kind, own, beside, shape=shape, group_size=group_size, bits=record["num_bits"])
+        parameter = None if bias is None else nn.Parameter(bias)
+        return PackedLinear(
+            packed, parameter, activations=activations, conv1d=is_conv1d(dense), input_order=order, **record
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"load: layer {name}: {error}") from None
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, str | None, dict[str, Any]]:
+    """One layer's entry of llmkern.json, and its record; ValueError unless it has the types it must have."""
+    fields = entry if isinstance(entry, dict) else {}
+    shape, group_size, activations = fields.get("shape"), fields.get("group_size"), fields.get("activations")
+    record = {
+        "method": fields.get("method", ""),
+        "num_bits": fields.get("num_bits"),
+        "act_order": fields.get("act_order"),
+    }
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(size) is int and size > 0 for size in shape)
+        or type(group_size) is not int
+        or activations not in (None, "int8")
+        or not isinstance(record["method"], str)
+        or not (record["num_bits"] is None or (type(record["num_bits"]) is int and record["num_bits"] in BITS))
+        or record["act_order"] not in (None, "static")
+    ):
+        raise ValueError(f"load: {META} has a bad entry for layer {name}: {json.dumps(entry)[:200]}")
+    return str(fields.get("class")), (shape[0], shape[1]), group_size, activations, record
+
+
+def _take(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one layer by suffix, removed from `tensors`."""
+    found = [key for key in tensors if key.rpartition(".")[0] == name]
+    return {key.rpartition(".")[2]: tensors.pop(key) for key in found}
+
+
+def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> None:
+    """Everything that is no packed layer; ValueError for a tensor too many or too few, or of another shape."""
+    packed = packed_names(model)
+    packed |= {name.rpartition(".")[0] + ".bias" for name in packed}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in packed and name not in tied}
+    if missing := wanted.keys() - tensors.keys():
+        raise ValueError(f"load: {WEIGHTS} lacks {len(missing)} tensors: {_some(missing)}")
+    if unknown := tensors.keys() - wanted.keys():
+        raise ValueError(f"load: {WEIGHTS} holds {len(unknown)} unknown tensors: {_some(unknown)}")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"load: {name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for name, source in tied.items():
+        owner, _, key = name.rpartition(".")
+        try:
+            model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+        except AttributeError:
+            raise ValueError(f"load: {META} ties {name} to {source}, which the model does not have") from None
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ValueError(f"load: no values for {_some(empty)}")
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")
