@@ -101,7 +101,7 @@ def read(scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int]) -> 
     words = tensors["qweight"]
 
     def rows_of(rows: slice) -> Tensor:
-        return codes.unpack_awq(words[:, rows.start // 8 : rows.stop // 8]).T
+        return codes.unpack_awq(words[:, rows.start // 8 : rows.stop // 8]).T.contiguous()
 
     found |= codes.repack(rows_of, shape, BITS, None, words, multiple=8)
     return Layer(Int4Weight.from_tensors(found, shape=shape, group_size=min(scheme.group_size or k, k)), None)
