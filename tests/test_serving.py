@@ -7,13 +7,13 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import others
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 
 import llmkern
-from llmkern.formats import gptq_checkpoint
 
 STUBS = Path(__file__).parent / "stubs"
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -154,47 +154,22 @@ def test_asymmetric_codes(server, tmp_path):
     check(server, config, tensors, model)
 
 
-def gptq_like(tmp_path, server, method):
-    """A folder of our int4 layers as gptq or awq tensors, written from the definition of the layout."""
-    recipe = llmkern.Recipe(method="rtn", bits=4, group_size=16, scale_dtype="float16")
+def another(tmp_path, method, orders=None):
+    """Our int4 layers as another's: (quantization_config, tensors, the model)."""
+    recipe = llmkern.Recipe(method="rtn", bits=4, group_size=others.GROUP, scale_dtype="float16")
     _, _, model = saved(tmp_path / "out", recipe)
-    tensors = {}
-    for name, layer in model.named_modules():
-        if type(layer).__name__ != "PackedLinear":
-            continue
-        if method == "gptq":
-            found = gptq_checkpoint.encode(layer.packed).tensors
-        else:
-            codes = layer.packed.codes().T.to(torch.int64) + 8  # [K, N]
-            eights = codes.view(codes.shape[0], -1, 8)
-            words = sum(eights[..., column] << 4 * at for at, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)))
-            zeros = torch.full((layer.in_features // 16, layer.out_features // 8), -0x77777778, dtype=torch.int32)
-            words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-            found = {"qweight": words, "qzeros": zeros, "scales": layer.packed.scales.T.contiguous()}
-        tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in found.items()}
-    config = {"quant_method": method, "bits": 4, "group_size": 16}
-    more = {"desc_act": False, "sym": True, "checkpoint_format": "gptq"}
-    return config | (more if method == "gptq" else {"version": "gemm", "zero_point": True}), tensors, model
+    return {"quant_method": method, **others.CONFIGS[method]}, others.tensors_of(model, method, orders), model
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_others_checkpoints(server, tmp_path, method):
-    check(server, *gptq_like(tmp_path, server, method))
+    check(server, *another(tmp_path, method))
 
 
 def test_gptq_in_the_order_of_activations(server, tmp_path):
-    config, tensors, model = gptq_like(tmp_path, server, "gptq")
-    config = {**config, "desc_act": True}
     order = {64: torch.randperm(64), 96: torch.randperm(96)}
-    for name in [name for name in tensors if name.endswith("qweight")]:
-        # Column j of the file is column order[j] of ours; its group goes with it.
-        layer = name.removesuffix(".qweight")
-        packed = model.get_submodule(layer).packed
-        at = order[packed.shape[1]]
-        codes = packed.codes()[:, at].to(torch.int64) + 8
-        words = sum(codes.view(codes.shape[0], -1, 8)[..., i] << 4 * i for i in range(8))
-        tensors[name] = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).T.contiguous()
-        tensors[f"{layer}.g_idx"] = (at // 16).to(torch.int32)
+    config, tensors, model = another(tmp_path, "gptq", order)
+    config = {**config, "desc_act": True}
     block = Block(server, server[2].from_config(config)).load(tensors).finish()
     for name in block.layers:
         x = torch.randn(3, 96 if "down" in name else 64, generator=torch.Generator().manual_seed(1))
@@ -202,7 +177,7 @@ def test_gptq_in_the_order_of_activations(server, tmp_path):
         torch.testing.assert_close(block(name, x[:, order[x.shape[1]]]), reference, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"o_proj: groups in the order of activations cannot be split"):
         Block(server, server[2].from_config(config), 0, 2)
-    tensors[f"{BLOCK}self_attn.k_proj.g_idx"] = (torch.randperm(64) // 16).to(torch.int32)
+    tensors[f"{BLOCK}self_attn.k_proj.g_idx"] = tensors[f"{BLOCK}self_attn.q_proj.g_idx"].flip(0)
     with pytest.raises(ValueError, match=r"qkv_proj: g_idx differs between the parts"):
         Block(server, server[2].from_config(config)).load(tensors)
     tensors[f"{BLOCK}mlp.down_proj.g_idx"] = torch.full((96,), 6, dtype=torch.int32)

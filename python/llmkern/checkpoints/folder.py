@@ -110,6 +110,14 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def names_quantization(folder: Path) -> bool:
+    """Whether a model folder of others says that its weights are quantized, in config.json or in a file of its own."""
+    config = read_json(folder / "config.json")
+    own = ("quantize_config.json", "quant_config.json")
+    known = config.get("quantization_config") or config.get("compression_config")
+    return bool(known) or any((folder / name).is_file() for name in own)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError for anything else."""
     try:

@@ -106,6 +106,7 @@ def decode(
             raise ValueError(f"bits must be uint8 [{n}, {-(-k // 8)}], got {mask.dtype} {list(mask.shape)}")
         keep = unpack_bits(mask, k)
         counts = torch.nn.functional.pad(keep.sum(1, dtype=torch.int64), (1, 0))
+        _refuse_dropped("bits", dense, dense[keep])
         found |= {"values": dense[keep], "bits": mask, "row_offsets": counts.cumsum(0)}
         return BitmaskWeight.from_tensors(found, shape=shape, group_size=group_size)
     positions = extra.get("positions")
@@ -116,7 +117,15 @@ def decode(
     kept = gather(dense, unpack_positions(positions, -(-k // 4)))
     found |= {"positions": positions}
     found |= {"words": pack_words(kept)} if kind == "Sparse24Int4Weight" else {"values": kept}
-    return KINDS[kind].from_tensors(found, shape=shape, group_size=group_size)  # type: ignore[attr-defined]
+    weight = KINDS[kind].from_tensors(found, shape=shape, group_size=group_size)  # type: ignore[attr-defined]
+    _refuse_dropped("positions", dense, kept)
+    return weight
+
+
+def _refuse_dropped(name: str, dense: Tensor, kept: Tensor) -> None:
+    """ValueError where a mask leaves out what is not 0: other readers would read another weight."""
+    if dropped := int(dense.count_nonzero()) - int(kept.count_nonzero()):
+        raise ValueError(f"{name} prunes {dropped} values that are not 0 in the stored weight")
 
 
 def quantization_config(
