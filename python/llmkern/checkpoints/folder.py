@@ -72,7 +72,10 @@ class Folder:
 
     def scheme(self, layer: str, kind: str = "Linear", also: tuple[str, ...] = ()) -> Scheme:
         """The scheme of a layer of codes. ValueError where the config does not mean it."""
-        found = self.schemes.of(layer, kind, also)
+        try:
+            found = self.schemes.of(layer, kind, also)
+        except ValueError as error:
+            raise ValueError(f"load: {self.path}: {error}") from None
         if found is None:
             key = next(iter(self.layers[layer].values()))
             raise ValueError(

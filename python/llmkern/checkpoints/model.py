@@ -65,12 +65,16 @@ def skeleton(folder: Path, config: dict[str, Any]) -> Any:
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"load: {folder / 'config.json'}: architectures name {name!r}, no model class of transformers")
-    own = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
-    for key in ("quantization_config", "compression_config"):
-        if hasattr(own, key):
-            delattr(own, key)
-    with parameters_on_meta():
-        model = kind._from_config(own)
+    try:
+        own = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(own, key):
+                delattr(own, key)
+        with parameters_on_meta():
+            model = kind._from_config(own)
+    except Exception as error:  # whatever a class does with sizes that make no sense
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"load: {folder / 'config.json'}: no {name} is made of it: {reason:.200}") from error
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
