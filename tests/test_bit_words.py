@@ -46,6 +46,15 @@ def test_large_matrices_are_packed_in_parts(generator):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_a_row_of_other_strides(bits, generator):
+    """A turned column is contiguous to torch, with the strides of a column."""
+    codes = random_codes(40, 1, bits, generator)
+    words = pack_codes(codes.T, bits)
+    assert torch.equal(words, pack_codes(codes.T.clone(memory_format=torch.preserve_format).reshape(1, 40), bits))
+    assert torch.equal(unpack_codes(words.T.contiguous().T, bits, 40), codes.T)
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("n", "k"), [(5, 7), (8, 8), (1, 1), (33, 12)])
 def test_zero_points_survive_packing(bits, n, k, generator):
     zeros = random_codes(n, k, bits, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -9,12 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmkern._files import flush
+from llmkern._files import digest, exchange, flush
+from llmkern._json import read_object
 
 FORMATS = ("compressed-tensors", "gptq", "dense")
 FORMAT_VERSION = 1
-META, WEIGHTS, EXTRA = "llmkern.json", "model.safetensors", "llmkern.safetensors"
-MARK = ".llmkern-"  # in the names of temporary siblings
+META, EXTRA = "llmkern.json", "llmkern.safetensors"
+MARK, OLD = ".llmkern-", "-old"  # in the names of temporary siblings, and of those that were `path` before
 
 
 def refuse_foreign(path: Path) -> None:
@@ -29,33 +31,42 @@ def refuse_foreign(path: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; becomes `path` at the end, or disappears if something goes wrong."""
+    """A temporary sibling to write to; becomes `path` at the end, or disappears if something goes wrong.
+
+    Where two folders can be exchanged in one step, `path` is the old or the new one at every moment. Elsewhere there is
+    a moment without it; what is killed just then is put back by the next save.
+    """
+    path = path.resolve()  # a link stays what it is
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}{MARK}{os.getpid()}-", dir=path.parent))
     try:
         yield folder
         folder.chmod(0o755)
-        for file in folder.iterdir():
+        for file in folder.rglob("*"):
             flush(file)
         flush(folder)
-        if path.exists():
-            old = folder.with_name(folder.name + "-old")
+        old = folder.with_name(folder.name + OLD)
+        if not path.exists():
+            folder.rename(path)
+        elif not exchange(folder, path):
             path.rename(old)
             folder.rename(path)
-            shutil.rmtree(old)
-        else:
-            folder.rename(path)
         flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed runs left beside `path`; what a living process writes stays."""
-    for left in path.parent.glob(f".{path.name}{MARK}*"):
+    """Remove what killed runs left beside `path`, or put it back; what a living process writes stays."""
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}{MARK}*")):
         pid = left.name.rsplit(MARK, 1)[1].split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if left.name.endswith(OLD) and not path.exists():
+            left.rename(path)
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -67,3 +78,28 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def check_files(folder: Path) -> int:
+    """Compare every file that llmkern.json lists with its checksum there; how many there are.
+
+    Raises FileNotFoundError without llmkern.json or for a listed file that is not there, ValueError naming the file for
+    one of another content, for a model file that is not listed, and for an llmkern.json without checksums.
+    """
+    if not (folder / META).is_file():
+        raise FileNotFoundError(f"verify: {folder} holds no {META}: not a folder that llmkern.save wrote")
+    listed = read_object(folder / META, "verify").get("sha256")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(known, str) for known in listed.values()):
+        raise ValueError(f"verify: {META} holds no checksums")
+    for name, known in listed.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"verify: {META} lists {name!r}, which is outside the folder")
+        if not path.is_file():
+            raise FileNotFoundError(f"verify: {META} lists {name}, which is not there")
+        if (found := digest(path)) != known:
+            raise ValueError(f"verify: {name} was changed since it was saved: its SHA-256 is {found}, wanted {known}")
+    unlisted = {path.name for path in folder.glob("*.safetensors")} - listed.keys()
+    if unlisted:
+        raise ValueError(f"verify: {sorted(unlisted)[0]} is not listed in {META}")
+    return len(listed)

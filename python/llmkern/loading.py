@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import expert_tensors, experts
+from llmkern import expert_files, expert_tensors, experts
+from llmkern._json import read_object
 from llmkern._version import __version__
-from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, WEIGHTS
+from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META
 from llmkern.checkpoints import read_model
-from llmkern.formats import PackedWeight, gptq_checkpoint
 from llmkern.formats import compressed_tensors as ct
+from llmkern.formats import gptq_checkpoint
 from llmkern.formats.bit_words import BITS
 from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
 from llmkern.patching import swap_all
-from llmkern.weight_files import parameters_on_meta
+from llmkern.weight_files import DTYPES, headers, parameters_on_meta, weight_paths
 
 
 def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
@@ -37,15 +37,15 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
         return read_model(folder, device)
     meta = _read_meta(folder)
     model = _skeleton(folder, meta["model_class"])
-    tensors = _read_tensors(folder / WEIGHTS, device)
-    extra = _read_tensors(folder / EXTRA, device) if (folder / EXTRA).exists() else {}
-    decode = gptq_checkpoint.decode if meta["format"] == "gptq" else ct.decode
+    tensors = _read_tensors(weight_paths(folder, "load"), device)
+    extra = _read_tensors([folder / EXTRA], device) if (folder / EXTRA).exists() else {}
+    _rename(tensors, meta.get("renamed", {}))
     # A mixture of which a layer was packed was saved as `Experts`: its layers have names of their own.
     homes = {parent for name in meta["layers"] for parent in accumulate(name.split("."), "{}.{}".format)}
     with experts.unfused(model, only=homes.__contains__):
         expert_tensors.split(tensors, experts.mixtures(model))
         swap_all(model, {
-            name: _restore_layer(model, name, entry, tensors, extra, decode, meta["tied"])
+            name: _restore_layer(model, name, entry, tensors, extra, meta["format"], meta["tied"])
             for name, entry in meta["layers"].items()
         })  # fmt: skip
     if extra:
@@ -57,7 +57,7 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file():
         raise FileNotFoundError(f"load: {folder} holds no {META} and no config.json: not a folder of a model")
-    meta = _read_json(folder / META)
+    meta = read_object(folder / META, "load")
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -71,24 +71,23 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load: {path.name} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"load: {path.name} must hold an object, got {type(data).__name__}")
-    return data
-
-
-def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+def _read_tensors(paths: list[Path], device: torch.device) -> dict[str, Tensor]:
+    """Every tensor of these safetensors files. ValueError for a broken file, a dtype of no use, or a name twice."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"load: {path.name} cannot be read: {str(error).splitlines()[0]}") from None
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        for name, stored in headers(path, "load"):
+            if stored.dtype not in DTYPES:
+                raise ValueError(f"load: {path.name}: tensor {name} is of {stored.dtype}; known: {', '.join(DTYPES)}")
+            if name in tensors:
+                raise ValueError(f"load: {path.name}: tensor {name} is in another file as well")
+        try:
+            tensors |= load_file(path, device=str(device))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"load: {path.name} cannot be read: {str(error).splitlines()[0]}") from None
+    return tensors
 
 
 def _skeleton(folder: Path, class_name: str) -> Any:
@@ -101,7 +100,7 @@ def _skeleton(folder: Path, class_name: str) -> Any:
     kind = getattr(transformers, class_name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"load: {META} names the model class {class_name!r}, which transformers does not have")
-    _read_json(folder / "config.json")
+    read_object(folder / "config.json", "load")
     config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -114,7 +113,7 @@ def _skeleton(folder: Path, class_name: str) -> Any:
 
 def _restore_layer(
     model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor], extra: dict[str, Tensor],
-    decode: Callable[..., PackedWeight], tied: dict[str, str],
+    format: str, tied: dict[str, str],
 ) -> PackedLinear:  # fmt: skip
     """The packed layer `name`; its tensors are taken out of `tensors` and `extra`."""
     kind, shape, group_size, activations, record = _entry(name, entry)
@@ -127,7 +126,10 @@ def _restore_layer(
     wanted = tuple(dense_weight(dense).shape)
     if shape != wanted:
         raise ValueError(f"load: layer {name} is {list(shape)} in {META}, but {list(wanted)} in the model")
-    own = _take(tensors, name)
+    if "parts" in entry:
+        own = expert_files.join(name, [_take(tensors, part) for part in _names(name, entry["parts"])], format)
+    else:
+        own = _take(tensors, name)
     bias = own.pop("bias", None)
     if f"{name}.bias" in tied:
         bias = dense.get_parameter("bias")  # without values: they are another parameter's
@@ -141,6 +143,7 @@ def _restore_layer(
     order = beside.pop(ORDER, None)
     if (order is not None) != bool(entry.get(ORDER)):
         raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
+    decode = gptq_checkpoint.decode if format == "gptq" else ct.decode
     try:
         packed = decode(kind, own, beside, shape=shape, group_size=group_size, bits=record["num_bits"])
         parameter = None if bias is None else nn.Parameter(bias)
@@ -174,6 +177,22 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, int], int, str | None
     return str(fields.get("class")), (shape[0], shape[1]), group_size, activations, record
 
 
+def _names(name: str, parts: Any) -> list[str]:
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"load: {META} has a bad entry for layer {name}: parts must be names, got {parts!r:.200}")
+    return parts
+
+
+def _rename(tensors: dict[str, Tensor], renamed: Any) -> None:
+    """Give tensors the names that they have in the model. ValueError for names that are none."""
+    if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
+        raise ValueError(f"load: {META} needs renamed as a dict of names, got {renamed!r:.200}")
+    for name, own in renamed.items():
+        if name not in tensors or own in tensors:
+            raise ValueError(f"load: {META} renames {name} to {own}, of which one is missing or there already")
+        tensors[own] = tensors.pop(name)
+
+
 def _take(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors of one layer by suffix, removed from `tensors`."""
     found = [key for key in tensors if key.rpartition(".")[0] == name]
@@ -186,9 +205,9 @@ def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     packed |= {name.rpartition(".")[0] + ".bias" for name in packed}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in packed and name not in tied}
     if missing := wanted.keys() - tensors.keys():
-        raise ValueError(f"load: {WEIGHTS} lacks {len(missing)} tensors: {_some(missing)}")
+        raise ValueError(f"load: the files lack {len(missing)} tensors: {_some(missing)}")
     if unknown := tensors.keys() - wanted.keys():
-        raise ValueError(f"load: {WEIGHTS} holds {len(unknown)} unknown tensors: {_some(unknown)}")
+        raise ValueError(f"load: the files hold {len(unknown)} unknown tensors: {_some(unknown)}")
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"load: {name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}")

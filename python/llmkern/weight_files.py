@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmkern._json import read_object, without_twins
 from llmkern._memory import fill
 from llmkern.weight_writer import NAMES
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that older checkpoints hold and newer models compute.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -69,8 +70,8 @@ class Files:
         """paths: the files, where they are others than those that transformers would read."""
         self.folder, self.caller = folder, caller
         self.tensors: dict[str, Stored] = {}
-        for path in paths or _paths(folder, caller):
-            for key, stored in _headers(path, caller):
+        for path in paths or weight_paths(folder, caller):
+            for key, stored in headers(path, caller):
                 if key in self.tensors:
                     raise ValueError(f"{caller}: {path}: tensor {key!r} is in {self.tensors[key].path.name} as well")
                 self.tensors[key] = stored
@@ -233,33 +234,38 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _paths(folder: Path, caller: str) -> list[Path]:
-    """The files that transformers would read: the one file, else those of the index."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+def weight_paths(folder: Path, caller: str) -> list[Path]:
+    """The files that transformers would read: the one file, else those of the index.
+
+    Raises FileNotFoundError for one that is not there, ValueError for a broken index or one that leaves the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{caller}: {folder} holds neither model.safetensors nor {INDEX}")
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{caller}: {folder / INDEX}: wanted JSON with a weight_map of file names") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        raise FileNotFoundError(f"{caller}: {folder} holds neither {WEIGHTS} nor {INDEX}")
+    names = read_object(folder / INDEX, caller).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{caller}: {folder / INDEX}: wanted JSON with a weight_map of file names")
+    for name in (found := sorted(set(names.values()))):
+        if Path(name).name != name:
             raise ValueError(f"{caller}: {folder / INDEX}: a file name with a folder in it: {name!r}")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{caller}: {folder / INDEX}: wanted a .safetensors file, got {name!r}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{caller}: {folder / INDEX} names {name}, which is not there")
-    return [folder / name for name in names]
+    return [folder / name for name in found]
 
 
-def _headers(path: Path, caller: str) -> Iterator[tuple[str, Stored]]:
+def headers(path: Path, caller: str) -> Iterator[tuple[str, Stored]]:
+    """Each tensor of a safetensors file. ValueError for a file that is none, or has a name twice."""
     from safetensors import SafetensorError, safe_open
 
     try:
         # Opening checks the whole header: that offsets fit the file, the shapes, and one another.
         with safe_open(path, framework="pt"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+            header = json.loads(file.read(length), object_pairs_hook=without_twins)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{caller}: {path} cannot be read: {str(error).splitlines()[0]}") from None
     header.pop("__metadata__", None)
     for key, entry in header.items():

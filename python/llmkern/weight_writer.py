@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +28,8 @@ class Later(NamedTuple):
     make: Callable[[], Tensor]
 
 
-def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> None:
-    """Write the file: tensors of wide types first, so that each is aligned, then by name.
+def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> str:
+    """Write the file: tensors of wide types first, so that each is aligned, then by name; its SHA-256 in hexadecimal.
 
     Raises TypeError for a dtype that the format does not have, ValueError for a tensor without values (meta) or one
     that turns out to be another than was announced.
@@ -46,10 +48,13 @@ def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[s
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        _write(file.write, len(text).to_bytes(8, "little") + text)
-        for name in order:
-            _write(file.write, _bytes(name, tensors[name]))
+        head: list[bytes | memoryview] = [len(text).to_bytes(8, "little") + text]
+        for data in chain(head, (_bytes(name, tensors[name]) for name in order)):
+            digest.update(data)
+            _write(file.write, data)
+    return digest.hexdigest()
 
 
 def _bytes(name: str, tensor: Tensor | Later) -> memoryview:

@@ -36,6 +36,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"codes of {bits} bits must be in [{low}, {-low - 1}], got {int(codes.min())} to {int(codes.max())}"
         )
+    codes = _rows(codes)
     if bits == 4:
         return pack_words(codes)
     if bits == 8:
@@ -61,7 +62,7 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
         raise ValueError(f"wanted int32 [N, {width(k, bits)}], got {words.dtype} {list(words.shape)}")
     if not words.numel():
         return words.new_empty(words.shape[0], k, dtype=torch.int8)
-    words = words.contiguous()
+    words = _rows(words)
     if bits == 4:
         return unpack_words(words, k)
     if bits == 8:
@@ -84,7 +85,12 @@ def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
 
 def _pack_bytes(codes: Tensor) -> Tensor:
     unsigned = torch.nn.functional.pad(codes.to(torch.int16) + 128, (0, -codes.shape[1] % 4)).to(torch.uint8)
-    return unsigned.contiguous().view(torch.int32)
+    return unsigned.view(torch.int32)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix with the strides of its shape: what torch calls contiguous may have others where a size is 1."""
+    return matrix.reshape(-1).view(matrix.shape)
 
 
 def _check_bits(bits: int) -> None:
