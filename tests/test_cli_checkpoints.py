@@ -10,23 +10,23 @@ import tiny
 import tiny_gguf
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import refused, run  # noqa: F401
+from test_cli import corpus, model, refused, run  # noqa: F401
 
 import llmkern
 from llmkern import converting
 from llmkern.nn import PackedLinear
 from llmkern.recipe import Recipe
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 ORDERS = {64: torch.randperm(64, generator=torch.Generator().manual_seed(1)),
           96: torch.randperm(96, generator=torch.Generator().manual_seed(2))}  # fmt: skip
 INT4 = Recipe(method="rtn", bits=4, group_size=16, scale_dtype="float16")
 
 
 def saved(folder, recipe, format="compressed-tensors"):
-    model = tiny.llama(num_hidden_layers=2)
-    llmkern.compress(model, recipe, tiny.token_ids(), progress=False)
-    llmkern.save(model, folder, format=format)
+    made = tiny.llama(num_hidden_layers=2)
+    llmkern.compress(made, recipe, tiny.token_ids(), progress=False)
+    llmkern.save(made, folder, format=format)
     return folder
 
 
@@ -226,6 +226,21 @@ def test_verify_names_what_is_wrong(run, folders, tmp_path, case):  # noqa: F811
     assert out.strip().endswith("not valid")
 
 
+def test_verify_a_mixture_expert_by_expert(run, tmp_path):  # noqa: F811
+    mixture = tiny.mixtral()
+    llmkern.compress(mixture, "rtn-int4-g16", progress=False)
+    llmkern.save(mixture, tmp_path / "good")
+    found = json.loads(run("verify", tmp_path / "good", "--forward", "--json")[1])
+    assert found["problems"] == []
+    assert found["checks"]["layers"] == found["forward"]["layers"] == 2 * (4 + 4 * 2)
+    scales = [
+        name for name in load_file(tmp_path / "good" / "model.safetensors") if "experts.3" in name and "scale" in name
+    ]
+    folder = damaged(tmp_path / "good", tmp_path / "bad", **{scales[0]: set_at(0, 0, value=0.0)})
+    found = json.loads(run("verify", folder, "--json")[1])
+    assert any("experts.3" in problem and "got 0.0 at row" in problem for problem in found["problems"])
+
+
 def test_verify_lists_every_problem(run, folders, tmp_path):  # noqa: F811
     bad = [f"model.layers.{at}.mlp.up_proj.weight_scale" for at in (0, 1)]
     folder = damaged(folders("ours int4"), tmp_path / "bad", **{name: set_at(0, 0, value=0.0) for name in bad})
@@ -276,8 +291,8 @@ def test_verify_nothing(run, tmp_path):  # noqa: F811
     assert "the file is cut off" in json.loads(out)["error"]
 
 
-def values(model):
-    return {name: layer.unpack() for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+def values(made):
+    return {name: layer.unpack() for name, layer in made.named_modules() if isinstance(layer, PackedLinear)}
 
 
 # (from, to, further arguments)
@@ -365,3 +380,22 @@ def test_convert_touches_nothing_else(run, folders, tmp_path):  # noqa: F811
     refused(run("convert", source, "--format", "gptq", "--out", tmp_path / "mine"), 1, "not from llmkern")
     refused(run("convert", tmp_path / "no", "--format", "gptq", "--out", tmp_path / "o"), 1, "no config.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "source"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_eval_runs_others_folders_packed(run, model, corpus, tmp_path, method):  # noqa: F811
+    ours = tmp_path / "ours"
+    assert run("convert", model, "--format", "compressed-tensors", "--recipe", "rtn-int4-g16", "--out", ours)[0] == 0
+    packed = llmkern.load(ours)
+    for layer in packed.modules():
+        if isinstance(layer, PackedLinear):
+            layer.scales = layer.scales.half().float()  # as these formats store them
+    llmkern.save(packed, ours, tokenizer=transformers.AutoTokenizer.from_pretrained(model))
+    theirs = others.write(tmp_path / "theirs", packed, method)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, theirs)
+    found = [json.loads(run("eval", folder, "--text", corpus, "--seqlen", 16, "--windows", 2, "--json")[1])
+             for folder in (ours, theirs)]  # fmt: skip
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=1e-5)
+    # Scales of 2 bytes there, of 4 here; dense weights would be 4 bytes each.
+    assert found[1]["bytes"] < found[0]["bytes"]

@@ -99,6 +99,14 @@ def test_commands(run, tiny, corpus, tmp_path):  # noqa: F811
     assert json.loads(out)["perplexity"] == pytest.approx(dense, rel=0.01)
 
 
+def test_demo_on_a_gguf_file(run, tiny, tmp_path):  # noqa: F811
+    command = ("demo", "--model", tiny[0], "--out", tmp_path / "demo", "--samples", 1, "--windows", 1, "--seqlen", 16)
+    code, out, err = run(*command, "--json")
+    assert code == 0, err
+    rows = {row["recipe"]: row for row in json.loads(out)["rows"]}
+    assert rows["rtn-int8"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=0.02)
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama_3_factors_become_its_rope_scaling(tmp_path, factor):
     """What llama.cpp writes for Llama 3.1 is 1 / (the share of the frequency that transformers keeps)."""

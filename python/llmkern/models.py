@@ -26,6 +26,8 @@ class Loaded(NamedTuple):
 def load_model(name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto") -> Loaded:
     """Load `name`: "smollm2" (always fp32), a folder, a GGUF file (dequantized), or a hub id.
 
+    The layers of a folder of ours, or of compressed-tensors, GPTQ or AWQ weights, are packed, whatever `dtype` says.
+
     Raises ImportError when transformers or the demo's model is not installed, with the command that installs it;
     FileNotFoundError or OSError when there is no such model.
     """
@@ -36,7 +38,7 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
         return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
     folder = Path(name).expanduser()
     refuse_missing(name, folder)
-    if (folder / "llmkern.json").is_file():
+    if folder.is_dir() and _packed(folder):
         from llmkern.checkpoint import load
 
         return Loaded(load(folder, device=device), load_tokenizer(name))
@@ -47,6 +49,13 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
     except OSError as error:
         raise OSError(f"model {name!r}: {error}") from error
     return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
+
+
+def _packed(folder: Path) -> bool:
+    """Whether `llmkern.load` reads the folder: ours, or another's with quantized weights of a kind that it knows."""
+    from llmkern.checkpoints.folder import is_read
+
+    return (folder / "llmkern.json").is_file() or is_read(folder)
 
 
 def refuse_missing(name: str, folder: Path) -> None:

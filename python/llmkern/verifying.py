@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkern import checkpoint, checkpoints, gguf_models, loading
+from llmkern import checkpoint, checkpoints, expert_files, gguf_models, loading
 from llmkern._registry import force
 from llmkern.checkpoints.folder import Folder, names_quantization, read_json
 from llmkern.checkpoints.scheme import BadTensor
@@ -114,20 +114,25 @@ def _own_layers(folder: Path) -> Step:
     meta = loading._read_meta(folder)
     if not meta["layers"]:
         return
-    decode = gptq_checkpoint.decode if meta["format"] == "gptq" else ct.decode
     tensors, extra = Leaves(folder), Leaves(folder, checkpoint.EXTRA)
     for name, entry in meta["layers"].items():
-        yield "layers", _own_layer(folder, name, entry, tensors.of(name), extra.of(name), decode)
+        yield "layers", _own_layer(folder, name, entry, tensors, extra.of(name), meta["format"])
 
 
 def _own_layer(
-    folder: Path, name: str, entry: Any, own: dict[str, Tensor], extra: dict[str, Tensor], decode: Callable[..., Any]
+    folder: Path, name: str, entry: Any, tensors: Leaves, extra: dict[str, Tensor], format: str
 ) -> str | None:
     """What is wrong with a layer; nothing with an expert of a 3-D parameter, which only the model can part."""
-    own.pop("bias", None)
+    decode = gptq_checkpoint.decode if format == "gptq" else ct.decode
     extra.pop(ORDER, None)
     try:
         kind, shape, group_size, _, record = loading._entry(name, entry)
+        if "parts" in entry:
+            parts = [tensors.of(part) for part in loading._names(name, entry["parts"])]
+            own = expert_files.join(name, parts, format)
+        else:
+            own = tensors.of(name)
+        own.pop("bias", None)
         if entry.get("conv1d") and "weight" in own and "weight_scale" not in own:
             own["weight"] = own["weight"].T.contiguous()
         if own:

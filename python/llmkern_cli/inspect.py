@@ -132,11 +132,15 @@ def _layers(
     """One entry per matrix, or per stack of a mixture's experts; block 2 before block 10."""
     known = ours.get("layers")
     known = known if isinstance(known, dict) else {}
+    renamed = ours.get("renamed")
+    renamed = renamed if isinstance(renamed, dict) else {}
+    wholes = {part: name for name, entry in known.items() for part in _parts(entry)}
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
-        for part, own in _of_experts(name, stored, known):
+        for part, own in _of_experts(renamed.get(name, name), stored, known):
             layer, _, leaf = part.rpartition(".")
-            parts.setdefault(layer, {})[leaf] = own
+            leaves = parts.setdefault(wholes.get(layer, layer), {})
+            leaves[leaf] = own if leaf not in leaves else own._replace(nbytes=own.nbytes + leaves[leaf].nbytes)
     found = []
     for layer in sorted(parts, key=_natural):
         if layer in others:
@@ -155,6 +159,12 @@ def _layers(
     if missing := sorted(set(known) - {layer["name"] for layer in found}):
         raise ValueError(f"llmkern.json names the layer {missing[0]}, which has no weight in the safetensors files")
     return found
+
+
+def _parts(entry: Any) -> list[str]:
+    """The names of the matrices in the files that a layer's rows are stored as, if they are several."""
+    parts = entry.get("parts") if isinstance(entry, dict) else None
+    return [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
 
 
 def _of_experts(name: str, stored: Stored, known: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:

@@ -121,6 +121,13 @@ def names_quantization(folder: Path) -> bool:
     return bool(known) or any((folder / name).is_file() for name in own)
 
 
+def is_read(folder: Path) -> bool:
+    """Whether the weights of a model folder of others are quantized by a method that is read here."""
+    if not names_quantization(folder):
+        return False
+    return quantization(folder, read_json(folder / "config.json")).get("quant_method") in layers.METHODS
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ValueError for anything else."""
     try:
