@@ -250,6 +250,13 @@ def test_verify_lists_every_problem(run, folders, tmp_path):  # noqa: F811
     assert found["checks"]["layers"] == 14
 
 
+def test_verify_lists_every_problem_of_others(run, folders, tmp_path):  # noqa: F811
+    bad = [f"model.layers.{at}.mlp.up_proj.scales" for at in (0, 1)]
+    folder = damaged(folders("gptq"), tmp_path / "bad", **{name: set_at(0, 0, value=0.0) for name in bad})
+    problems = json.loads(run("verify", folder, "--json")[1])["problems"]
+    assert [any(f"{name}' must be finite and above 0" in problem for problem in problems) for name in bad] == [True] * 2
+
+
 def test_verify_checks_the_checksums(run, folders, tmp_path):  # noqa: F811
     meta = json.loads((folders("ours int4") / "llmkern.json").read_text())
     if "sha256" not in meta:
@@ -369,6 +376,23 @@ def test_convert_by_a_recipe(run, folders, tmp_path):  # noqa: F811
             "Int4Weight"
         }
         assert json.loads((out / "llmkern.json").read_text())["recipe"]
+
+
+def test_convert_reads_again_what_it_wrote(run, folders, tmp_path, monkeypatch):  # noqa: F811
+    save = llmkern.save
+
+    def careless(made, path, **more):
+        layer = next(module for module in made.modules() if isinstance(module, PackedLinear))
+        before = layer.scales[0, 0].clone()
+        layer.scales[0, 0] *= 2
+        folder = save(made, path, **more)
+        layer.scales[0, 0] = before
+        return folder
+
+    monkeypatch.setattr(llmkern, "save", careless)
+    command = ("convert", folders("ours int4"), "--format", "gptq", "--out", tmp_path / "out")
+    refused(run(*command), 1, "model.layers.0.self_attn.q_proj was not written as it was")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_touches_nothing_else(run, folders, tmp_path):  # noqa: F811
