@@ -18,7 +18,7 @@ from foreign import (
 )
 
 from llmkern.checkpoints import BadTensor, Scheme, read_layer, stack
-from llmkern.checkpoints.codes import unpack_dense, unpack_padded
+from llmkern.checkpoints.codes import unpack
 from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, Sparse24Int4Weight, Sparse24Weight
 from llmkern.nn import PackedLinear
 
@@ -266,5 +266,6 @@ def test_layers_become_one(bits):
 @pytest.mark.parametrize("count", [1, 7, 31, 32, 33, 64, 100])
 def test_words_of_every_width(bits, count):
     codes = torch.randint(0, 2**bits, (3, count), generator=torch.Generator().manual_seed(count))
-    assert torch.equal(unpack_dense(int32([dense_row(row, bits) for row in codes.tolist()]), bits, count), codes)
-    assert torch.equal(unpack_padded(int32([padded_row(row, bits) for row in codes.tolist()]), bits, count), codes)
+    for row, layout in ((dense_row, "dense"), (padded_row, "padded")):
+        words = int32([row(line, bits) for line in codes.tolist()])
+        assert torch.equal(unpack(words, bits, count, layout), codes - 2 ** (bits - 1))

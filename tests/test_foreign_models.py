@@ -23,6 +23,7 @@ from foreign import (
     sparse_bitmask,
     write,
 )
+from safetensors.torch import load_file, save_file
 
 import llmkern
 from llmkern.checkpoints import describe, read_model
@@ -107,7 +108,14 @@ def test_gptq(kind, version, order, tmp_path):
 def test_gptq_of_other_bits(bits, tmp_path):
     model = tiny.llama()
     made = write(tmp_path, model, gptq_layers(bits), gptq_config(bits, 16), chosen_of(model))
-    assert_loaded("llama", tmp_path, model, made)
+    loaded = assert_loaded("llama", tmp_path, model, made)
+    # Saved again they are what they were.
+    llmkern.save(loaded, tmp_path / "again", "gptq")
+    before = load_file(tmp_path / "packed" / "model.safetensors")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen3_moe", "bert"])
@@ -265,8 +273,6 @@ def test_a_packed_head(kind, tmp_path):
     model = tiny.MODELS[kind](**({"tie_word_embeddings": True} if kind == "llama" else {}))
     encode = gptq_layers(4)
     write(tmp_path, model, encode, gptq_config(4, 16, lm_head=True), chosen_of(model))
-    from safetensors.torch import load_file, save_file
-
     file = tmp_path / "packed" / "model.safetensors"
     tensors = load_file(file)
     own, values = encode("lm_head", tiny.VOCABULARY, 64)

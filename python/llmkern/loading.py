@@ -1,4 +1,4 @@
-"""load: a model from a folder that `save` wrote, its layers packed as they were; nothing in a file is believed."""
+"""load: a model from a folder that `save` or others wrote, its layers packed; nothing in a file is believed."""
 
 from __future__ import annotations
 
@@ -144,6 +144,10 @@ def _restore_layer(
     if (order is not None) != bool(entry.get(ORDER)):
         raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     decode = gptq_checkpoint.decode if format == "gptq" else ct.decode
+    beside = _take(extra, name)
+    order = beside.pop(ORDER, None)
+    if (order is not None) != bool(entry.get(ORDER)):
+        raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     try:
         packed = decode(kind, own, beside, shape=shape, group_size=group_size, bits=record["num_bits"])
         parameter = None if bias is None else nn.Parameter(bias)

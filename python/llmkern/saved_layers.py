@@ -39,11 +39,8 @@ class Encoded:
     @property
     def standard(self) -> bool:
         """Whether a reader that knows only the format finds every layer where it looks for it."""
-        odd = (
-            self.layers[name]["conv1d"] or ORDER in self.layers[name] or self.unread.get(name) == EXPERT
-            for name, _, _ in self.schemes
-        )  # fmt: skip
-        return not any(odd)
+        layers = ((self.layers[name], self.unread.get(name)) for name, _, _ in self.schemes)
+        return not any(layer["conv1d"] or ORDER in layer or reason == EXPERT for layer, reason in layers)
 
 
 def encode_model(model: nn.Module, format: str) -> Encoded:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import checkpoint, checkpoints, expert_files, gguf_models, loading
+from llmkern._json import read_object
 from llmkern._registry import force
-from llmkern.checkpoints.folder import Folder, names_quantization, read_json
+from llmkern.checkpoints.folder import Folder, names_quantization
 from llmkern.checkpoints.scheme import BadTensor
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
@@ -84,7 +85,7 @@ def _run(step: Step, checks: dict[str, int], problems: list[str]) -> Any:
 
 def _sums(folder: Path) -> Step:
     """Files against the checksums of llmkern.json, if it has any."""
-    if "sha256" in read_json(folder / checkpoint.META):
+    if "sha256" in read_object(folder / checkpoint.META, "verify"):
         for _ in range(checkpoint.check_files(folder)):
             yield "checksums", None
 

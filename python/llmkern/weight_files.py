@@ -225,6 +225,9 @@ def parameters_on_meta() -> Iterator[None]:
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        if parameter is not None:
+            # Nothing to initialise, which transformers would do all the same: half of the time of a load.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         register(self, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]

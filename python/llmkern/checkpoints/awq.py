@@ -89,15 +89,12 @@ def read(scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int]) -> 
     check_parts(layout(scheme, shape), tensors)
     check_scales("scales", tensors["scales"])
     found = {"scales": tensors["scales"].T.contiguous()}
-    middle = 2 ** (BITS - 1)
-    if (qzeros := tensors.get("qzeros")) is not None:
-        unsigned = codes.unpack_awq(qzeros)
-        if not bool((unsigned == middle).all()):
-            if scheme.symmetric:
-                at = [int(i) for i in (unsigned != middle).nonzero()[0]]
-                got = int(unsigned[tuple(at)])
-                raise BadTensor("qzeros", f"must all be {middle}, since zero_point is false, got {got} at {at}")
-            found["zeros"] = codes.signed(unsigned, BITS).T.contiguous()
+    if (qzeros := tensors.get("qzeros")) is not None and bool((zeros := codes.unpack_awq(qzeros)).any()):
+        if scheme.symmetric:
+            at = [int(i) for i in zeros.nonzero()[0]]
+            got = int(zeros[tuple(at)]) + 8
+            raise BadTensor("qzeros", f"must all be 8, since zero_point is false, got {got} at {at}")
+        found["zeros"] = zeros.T.contiguous()
     words = tensors["qweight"]
 
     def rows_of(rows: slice) -> Tensor:

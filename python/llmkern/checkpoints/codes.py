@@ -1,6 +1,6 @@
-"""Unsigned codes in 32-bit words, as other projects store them, into the layouts of `llmkern.formats`.
+"""Codes in 32-bit words, as other projects store them, into the layouts of `llmkern.formats`.
 
-dense    code i of a row is at bit i * bits of the row's words, least significant first: 32 codes in `bits` words
+dense    as `formats.bit_words`
 padded   32 // bits codes per word, the rest of the word 0 (compressed-tensors before 0.18)
 awq      eight 4-bit codes per word along N, in the order 0, 2, 4, 6, 1, 3, 5, 7
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmkern.checkpoints.scheme import BadTensor
+from llmkern.formats.bit_words import unpack_codes
 from llmkern.formats.int4 import pack_words
 
 PART = 1 << 19  # codes that are unpacked at once
@@ -22,47 +23,24 @@ PART = 1 << 19  # codes that are unpacked at once
 AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def dense_width(count: int, bits: int) -> int:
-    """Words of a row of `count` codes, dense."""
-    return -(-count * bits // 32)
-
-
 def padded_width(count: int, bits: int) -> int:
     """Words of a row of `count` codes, padded."""
     return -(-count // (32 // bits))
 
 
-def unpack_dense(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [R, W] -> uint8 [R, count]."""
-    rows = words.shape[0]
-    if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        fields = words.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts
-        return (fields & (2**bits - 1)).view(rows, -1)[:, :count]
-    blocks = -(-count // 32)
-    padded = torch.nn.functional.pad(words, (0, blocks * bits - words.shape[1] + 1)).to(torch.int64) & 0xFFFFFFFF
-    at = torch.arange(blocks * 32, device=words.device) * bits
-    low, offset = at // 32, at % 32
-    # The word in which a code begins and the next, as one number.
-    pairs = padded[:, low] | padded[:, low + 1] << 32
-    return (pairs >> offset & (2**bits - 1)).to(torch.uint8)[:, :count]
-
-
-def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [R, W] -> uint8 [R, count]."""
+def unpack(words: Tensor, bits: int, count: int, word_layout: str | None = "dense") -> Tensor:
+    """int32 [R, W] -> int8 [R, count]: q = u - 2^(bits - 1)."""
+    if word_layout != "padded":
+        return unpack_codes(words, bits, count)
     shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)[:, :count]
+    fields = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return (fields - 2 ** (bits - 1)).to(torch.int8).flatten(1)[:, :count]
 
 
 def unpack_awq(words: Tensor) -> Tensor:
-    """int32 [R, W] -> uint8 [R, 8 W], columns in order."""
-    nibbles = unpack_dense(words, 4, 8 * words.shape[1]).view(*words.shape, 8)
+    """int32 [R, W] -> int8 [R, 8 W], q = u - 8, columns in order."""
+    nibbles = unpack_codes(words, 4, 8 * words.shape[1]).view(*words.shape, 8)
     return nibbles[..., list(AWQ_NIBBLE)].flatten(1)
-
-
-def signed(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes u -> int8 q = u - 2^(bits - 1)."""
-    return (codes ^ 128).view(torch.int8) if bits == 8 else codes.view(torch.int8) - 2 ** (bits - 1)
 
 
 def repack(
@@ -71,14 +49,14 @@ def repack(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The codes of a layer as a packed weight has them, where `like` is: `words` for at most 4 bits, else `codes`.
 
-    read: the unsigned codes uint8 [rows, K] of a range of rows, which begins at a multiple of `multiple`; order: the
+    read: the codes int8 [rows, K] of a range of rows, which begins at a multiple of `multiple`; order: the
     stored column that each packed column is.
     """
     n, k = shape
     small = bits <= 4
     out = like.new_empty(n, -(-k // 8) if small else k, dtype=torch.int32 if small else torch.int8)
     for rows in parts(n, k, multiple):
-        codes = signed(read(rows), bits)
+        codes = read(rows)
         if order is not None:
             codes = codes[:, order]
         out[rows] = pack_words(codes) if small else codes

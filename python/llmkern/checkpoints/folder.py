@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern._json import read_object
+from llmkern.checkpoint_folder import META
 from llmkern.checkpoints import layers
 from llmkern.checkpoints.scheme import BadTensor, Scheme, Schemes, check_parts
-from llmkern.weight_files import DTYPES, INDEX, Files, Lazy, Stored
+from llmkern.weight_files import DTYPES, INDEX, WEIGHTS, Files, Lazy, Stored
 
-META = "llmkern.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Tensors that only a layer of codes has.
 MARKS = frozenset({
@@ -38,7 +38,7 @@ class Folder:
         self.path = Path(path).expanduser()
         if not (self.path / "config.json").is_file():
             raise FileNotFoundError(f"load: {self.path} holds no config.json, so it is no model folder")
-        self.config = read_json(self.path / "config.json")
+        self.config = read_object(self.path / "config.json", "load")
         try:
             self.schemes: Schemes = layers.parse(quantization(self.path, self.config))
         except ValueError as error:
@@ -96,7 +96,7 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if not (folder / name).is_file():
             continue
-        own = {"quant_method": method, **read_json(folder / name)}
+        own = {"quant_method": method, **read_object(folder / name, "load")}
         if found is None:
             return own
         for key in ("bits", "group_size", "sym", "checkpoint_format", "zero_point"):
@@ -115,7 +115,7 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def names_quantization(folder: Path) -> bool:
     """Whether a model folder of others says that its weights are quantized, in config.json or in a file of its own."""
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json", "load")
     own = ("quantize_config.json", "quant_config.json")
     known = config.get("quantization_config") or config.get("compression_config")
     return bool(known) or any((folder / name).is_file() for name in own)
@@ -125,18 +125,7 @@ def is_read(folder: Path) -> bool:
     """Whether the weights of a model folder of others are quantized by a method that is read here."""
     if not names_quantization(folder):
         return False
-    return quantization(folder, read_json(folder / "config.json")).get("quant_method") in layers.METHODS
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ValueError for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"load: {path} cannot be read: {str(error) or type(error).__name__}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"load: {path} must hold an object, got a {type(data).__name__}")
-    return data
+    return quantization(folder, read_object(folder / "config.json", "load")).get("quant_method") in layers.METHODS
 
 
 def _files(folder: Path) -> Files:
@@ -147,7 +136,7 @@ def _files(folder: Path) -> Files:
             f"load: {folder} holds its weights as {pickled[0]}: reading a pickle runs code of the file, so it is not "
             "read; convert it to safetensors"
         )
-    standard = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
+    standard = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
     # AutoGPTQ names its one file after bits and groups.
     files = Files(folder, "load", own if not standard and len(own) == 1 else None)
     # The hub's cache is a folder of links into the folder of blobs beside it.
@@ -155,8 +144,8 @@ def _files(folder: Path) -> Files:
     for path in {stored.path for stored in files.tensors.values()}:
         if path.resolve().parent not in allowed:
             raise ValueError(f"load: {path} is a link out of its folder, to {path.resolve()}")
-    if not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
-        for key, name in read_json(folder / INDEX)["weight_map"].items():
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        for key, name in read_object(folder / INDEX, "load")["weight_map"].items():
             if key not in files.tensors or files.tensors[key].path.name != name:
                 raise ValueError(f"load: {folder / INDEX}: tensor {key!r} is not in {name}, where it should be")
     return files
@@ -286,7 +275,7 @@ MAIN = {
 
 def _describe_ours(folder: Path) -> Description:
     """A folder that `llmkern.save` wrote, as its llmkern.json has it."""
-    meta, files = read_json(folder / META), Files(folder, "load")
+    meta, files = read_object(folder / META, "load"), Files(folder, "load")
     entries = meta.get("layers")
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"load: {folder / META} must hold layers by name")

@@ -141,35 +141,37 @@ def read(scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int]) -> 
     if bits == 4 and order is None:
         found["words"] = words.contiguous()
     else:
-        found |= codes.repack(lambda rows: codes.unpack_dense(words[rows], bits, k), shape, bits, order, words)
+        found |= codes.repack(lambda rows: codes.unpack(words[rows], bits, k), shape, bits, order, words)
     kind = Int4Weight if bits <= 4 else Int8Weight
     return Layer(kind.from_tensors(found, shape=shape, group_size=min(scheme.group_size or k, k)), order)
 
 
 def zero_points(scheme: Scheme, qzeros: Tensor, n: int) -> Tensor | None:
     """Zero points int8 [N, G] on the codes' signed range; None where all are its middle (symmetric)."""
-    bits, middle = scheme.bits, 2 ** (scheme.bits - 1)
-    unsigned = zeros_of(qzeros, bits, n, scheme.zero_rule)
-    if bool((unsigned == middle).all()):
+    zeros = zeros_of(qzeros, scheme.bits, n, scheme.zero_rule)
+    if not bool(zeros.any()):
         return None
     if scheme.symmetric:
-        at = [int(i) for i in (unsigned != middle).nonzero()[0]]
-        other = "plain" if scheme.zero_rule != "plain" else "field"
-        hint = ""
-        if bool((zeros_of(qzeros, bits, n, other) == middle).all()):
-            hint = f"; they are as {'gptq_v2' if other == 'plain' else 'gptq'} stores them: checkpoint_format is wrong"
+        middle, at = 2 ** (scheme.bits - 1), [int(i) for i in zeros.nonzero()[0]]
+        other, hint = ("plain", "gptq_v2") if scheme.zero_rule != "plain" else ("field", "gptq")
+        wrong = f"; they are as {hint} stores them: checkpoint_format is wrong"
         raise BadTensor(
-            "qzeros", f"must all be {middle}, since sym is true, got {int(unsigned[tuple(at)])} at {at}{hint}"
+            "qzeros",
+            f"must all be {middle}, since sym is true, got {int(zeros[tuple(at)]) + middle} at {at}"
+            + ("" if bool(zeros_of(qzeros, scheme.bits, n, other).any()) else wrong),
         )
-    return codes.signed(unsigned, bits).T.contiguous()
+    return zeros.T.contiguous()
 
 
 def zeros_of(qzeros: Tensor, bits: int, n: int, rule: str) -> Tensor:
-    """Unsigned zero points uint8 [G, N] of the stored words, by one of ZERO_RULES."""
+    """Zero points int8 [G, N], less the middle of the range, of the stored words, by one of ZERO_RULES."""
     if rule == "word":
         qzeros = qzeros + _ones(bits, qzeros.shape[1]).to(qzeros.device)
-    fields = codes.unpack_dense(qzeros, bits, n)
-    return (fields + 1) & (2**bits - 1) if rule == "field" else fields
+    zeros = codes.unpack(qzeros, bits, n)
+    if rule != "field":
+        return zeros
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return torch.where(zeros == high, low, zeros + 1)
 
 
 def _ones(bits: int, width: int) -> Tensor:

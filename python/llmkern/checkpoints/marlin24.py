@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmkern.checkpoints.codes import signed, unpack_dense
+from llmkern.checkpoints.codes import unpack
 from llmkern.checkpoints.scheme import BadTensor, Layer, Part, Scheme, check_parts, check_scales
 from llmkern.formats import Sparse24Int4Weight, Sparse24Weight
 from llmkern.formats.int4 import pack_words
@@ -50,7 +50,7 @@ def read(scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int]) -> 
     (n, k), bits = shape, scheme.bits
     check_parts(layout(scheme, shape), tensors)
     check_scales("scale_packed", tensors["scale_packed"])
-    kept = signed(_codes(tensors["weight_packed"], n, k, bits), bits)
+    kept = _codes(tensors["weight_packed"], n, k, bits)
     scales = tensors["scale_packed"]
     if scales.shape[0] > 1:
         scales = scales.view(-1, n // 8, 8)[..., torch.tensor(SCALES).argsort()].flatten(1)
@@ -72,9 +72,9 @@ def read(scheme: Scheme, tensors: dict[str, Tensor], shape: tuple[int, int]) -> 
 
 
 def _codes(words: Tensor, n: int, k: int, bits: int) -> Tensor:
-    """The kept codes uint8 [N, K / 2]."""
+    """The kept codes int8 [N, K / 2]."""
     tile = TILE_K * TILE_N
-    stored = unpack_dense(words, bits, n * TILE_K).reshape(k // 32, n // TILE_N, tile)
+    stored = unpack(words, bits, n * TILE_K).reshape(k // 32, n // TILE_N, tile)
     row, column = _tile(bits)
     codes = torch.empty_like(stored)
     codes[..., (column * TILE_K + row).to(words.device)] = stored

@@ -21,6 +21,7 @@ from llmkern._memory import give_back
 from llmkern.checkpoints.folder import CACHE, Folder
 from llmkern.checkpoints.layers import read_layer, stack
 from llmkern.checkpoints.scheme import BadTensor, Layer, Scheme
+from llmkern.formats.bit_words import BITS
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.weight_files import Reader, parameters_on_meta, without_place
 
@@ -98,8 +99,8 @@ class Loading:
         mixtures = {place.name.rsplit(".", 2)[0] for place in places.values()}
         with experts.unfused(self.model, only=mixtures.__contains__):
             sources = self._sources(places, {target.name for target in dense.values()})
-            for name, layers in sources.items():
-                experts.replace(self.model, {self.model.get_submodule(name): self._packed(name, layers)})
+            new = {name: self._packed(name, layers) for name, layers in sources.items()}
+            experts.replace(self.model, {self.model.get_submodule(name): layer for name, layer in new.items()})
         packed = {f"{name}.weight" for name in sources}
         tied = self.model.all_tied_weights_keys
         self.model.all_tied_weights_keys = {
@@ -186,9 +187,10 @@ class Loading:
             raise ValueError(f"load: {self.folder.path}: {name}: {error}") from None
         bias = self._bias(name, module, layers)
         method = f"{self.folder.schemes.method} {read[0][0].format}"
+        bits = max(scheme.bits for scheme, _ in read)
         packed = PackedLinear(
             weight.to(self.device), bias, activations=read[0][0].activations, conv1d=is_conv1d(module), method=method,
-            input_order=None if order is None else order.to(self.device),
+            num_bits=bits if bits in BITS else None, input_order=None if order is None else order.to(self.device),
         )  # fmt: skip
         return packed.train(module.training)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmkern.checkpoints import codes
 from llmkern.checkpoints.scheme import INTEGERS, BadTensor, Layer, Part, Scheme, check_parts, check_scales, scales_part
 from llmkern.formats import Int4Weight, Int8Weight
+from llmkern.formats.bit_words import width
 from llmkern.formats.int4 import pack_words
 from llmkern.ops._linear import FLOATS
 
@@ -34,12 +35,12 @@ def layout(scheme: Scheme, shape: tuple[int, int]) -> dict[str, Part]:
         found["weight"] = Part((torch.int8,), ((n, k),))
     else:
         found["weight_packed"] = Part(
-            (torch.int32,), tuple((n, width(k, bits)) for width in (codes.dense_width, codes.padded_width))
+            (torch.int32,), tuple((n, words(k, bits)) for words in (width, codes.padded_width))
         )
         found["weight_shape"] = Part(INTEGERS, ((2,),))
         if not scheme.per_tensor:
             dtypes += (torch.int32,)
-            zeros = ((codes.dense_width(n, bits), groups), (codes.padded_width(n, bits), groups), *zeros)
+            zeros = ((width(n, bits), groups), (codes.padded_width(n, bits), groups), *zeros)
     found["weight_zero_point"] = Part(dtypes[::-1], zeros, optional=scheme.symmetric)
     found["weight_g_idx"] = Part(INTEGERS, ((k,),), optional=True)
     found["input_scale"] = Part(FLOATS, ONE, optional=True)
@@ -100,11 +101,7 @@ def _from_words(
         return {"words": words}
     if order is None and bits == 8 and k % 4 == 0:
         return {"codes": words.contiguous().view(torch.uint8).bitwise_xor(128).view(torch.int8)}
-    return codes.repack(lambda rows: _unpack(words[rows], bits, k, word_layout), shape, bits, order, words)
-
-
-def _unpack(words: Tensor, bits: int, count: int, word_layout: str | None) -> Tensor:
-    return (codes.unpack_padded if word_layout == "padded" else codes.unpack_dense)(words, bits, count)
+    return codes.repack(lambda rows: codes.unpack(words[rows], bits, k, word_layout), shape, bits, order, words)
 
 
 def _word_layout(leaf: str, scheme: Scheme, words: Tensor, count: int, known: str | None) -> str | None:
@@ -112,7 +109,7 @@ def _word_layout(leaf: str, scheme: Scheme, words: Tensor, count: int, known: st
     `known`, else by the bits that are left 0.
     """
     bits = scheme.bits
-    dense, padded = codes.dense_width(count, bits), codes.padded_width(count, bits)
+    dense, padded = width(count, bits), codes.padded_width(count, bits)
     if 32 % bits == 0 or count <= 32 // bits:
         return None
     if dense != padded:
@@ -148,7 +145,7 @@ def _zeros(scheme: Scheme, stored: Tensor | None, scales: Tensor, word_layout: s
     if stored.dtype == torch.int32:
         words = stored.T.contiguous()
         own = _word_layout("weight_zero_point", scheme, words, n, word_layout or scheme.word_layout)
-        zeros = codes.signed(_unpack(words, bits, n, own), bits).T.contiguous()
+        zeros = codes.unpack(words, bits, n, own).T.contiguous()
     else:
         zeros = stored.reshape(1, 1).repeat(n, 1) if scheme.per_tensor else stored
     if not bool(zeros.any()):

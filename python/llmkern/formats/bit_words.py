@@ -56,8 +56,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(words: Tensor, bits: int, k: int) -> Tensor:
-    """The inverse of `pack_codes`: int8 codes [N, K]. ValueError unless words are int32 [N, ceil(K * bits / 32)]."""
-    _check_bits(bits)
+    """The inverse of `pack_codes`, for any bits from 2 to 8: int8 codes [N, K].
+
+    ValueError for other bits, and unless words are int32 [N, ceil(K * bits / 32)].
+    """
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ValueError(f"bits must be from 2 to 8, got {bits!r}")
     if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != width(k, bits):
         raise ValueError(f"wanted int32 [N, {width(k, bits)}], got {words.dtype} {list(words.shape)}")
     if not words.numel():
