@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmkern
+from llmkern.checkpoint_folder import header_digest, seal
 from llmkern.experts import Experts
 from llmkern.nn import PackedLinear
 
@@ -52,7 +53,7 @@ def patched(kind, scheme):
 @pytest.fixture(autouse=True)
 def _no_reader_warnings():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*other readers cannot")
+        warnings.filterwarnings("ignore", message=".*(other readers cannot|have zero points)")
         yield
 
 
@@ -335,16 +336,23 @@ def test_a_killed_run_leaves_the_folder_complete_or_absent(tmp_path):
     assert seen
 
 
-def damage(path, change, file="llmkern.json"):
-    data = json.loads((path / file).read_text())
-    change(data)
-    (path / file).write_text(json.dumps(data))
+def damage(path, change):
+    meta = json.loads((path / "llmkern.json").read_text())
+    change(meta)
+    (path / "llmkern.json").write_text(json.dumps({**meta, "seal": seal(meta)}))
 
 
-def damage_tensors(path, change):
-    tensors = load_file(path / "model.safetensors")
+def reseal(path):
+    """As a forger would: checksums that fit what is there."""
+    headers = {file.name: header_digest(file) for file in path.glob("*.safetensors")}
+    damage(path, lambda meta: meta.update(headers=headers))
+
+
+def damage_tensors(path, change, name="model.safetensors"):
+    tensors = load_file(path / name)
     change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / name)
+    reseal(path)
 
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -366,6 +374,12 @@ def cut(tensors):
     tensors[f"{NAME}.weight_packed"] = tensors[f"{NAME}.weight_packed"][:, :3].clone()
 
 
+def rewrite(path, name):
+    """A change that nothing else would notice."""
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data.replace(b'"0.1.0"', b'"0.1.1"').replace(b'"format":"pt"', b'"format":"tf"'))
+
+
 def truncate(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -376,6 +390,8 @@ DAMAGE = {
     "broken meta": (lambda path: (path / "llmkern.json").write_text("{"), "llmkern.json cannot be read"),
     "list meta": (lambda path: (path / "llmkern.json").write_text("[]"), "must hold an object"),
     "newer": (edit(lambda meta: meta.update(format_version=99)), "format_version 99"),
+    "edited": (lambda path: rewrite(path, "llmkern.json"), "llmkern.json was changed since it was saved"),
+    "edited header": (lambda path: rewrite(path, "model.safetensors"), "the header of model.safetensors was changed"),
     "format": (edit(lambda meta: meta.update(format="zip")), "has format 'zip'"),
     "no layers": (edit(lambda meta: meta.pop("layers")), "needs layers as a dict"),
     "class": (edit(lambda meta: meta.update(model_class="os")), "which transformers does not have"),
@@ -422,9 +438,7 @@ def test_a_damaged_folder_is_refused(case, tmp_path):
 def test_positions_out_of_order_are_refused(tmp_path):
     model = patched("llama", "magnitude-2:4-int4-g32")
     llmkern.save(model, tmp_path / "m")
-    extra = load_file(tmp_path / "m" / "llmkern.safetensors")
-    next(iter(extra.values())).fill_(0xFF)
-    save_file(extra, tmp_path / "m" / "llmkern.safetensors")
+    damage_tensors(tmp_path / "m", lambda extra: next(iter(extra.values())).fill_(0xFF), "llmkern.safetensors")
     with pytest.raises(ValueError, match="positions must be distinct and ascending"):
         llmkern.load(tmp_path / "m")
 
@@ -481,6 +495,7 @@ def test_a_stack_of_experts_of_the_wrong_size_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     for bad, text in ((tensors[name][:3], "must hold 4 experts"), (tensors[name][..., :8], "experts.0.down_proj")):
         save_file({**tensors, name: bad.contiguous()}, tmp_path / "m" / "model.safetensors")
+        reseal(tmp_path / "m")
         with pytest.raises(ValueError, match=text):
             llmkern.load(tmp_path / "m")
 

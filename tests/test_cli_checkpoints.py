@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_cli import corpus, model, refused, run  # noqa: F401
 
 import llmkern
-from llmkern import converting
+from llmkern import checkpoint_folder, converting
+from llmkern._files import digest
 from llmkern.nn import PackedLinear
 from llmkern.recipe import Recipe
 
@@ -160,7 +161,7 @@ def test_verify_finds_nothing_wrong(run, folders, kind):  # noqa: F811
 
 
 def damaged(folder, to, **changes):
-    """A copy with tensors replaced (None: left out) and, where llmkern.json has them, its checksums renewed."""
+    """A copy with tensors replaced (None: left out), its checksums renewed: only values can tell."""
     shutil.copytree(folder, to)
     path = to / "model.safetensors"
     tensors = load_file(path)
@@ -172,7 +173,8 @@ def damaged(folder, to, **changes):
     save_file(tensors, path, metadata={"format": "pt"})
     if (to / "llmkern.json").is_file():
         meta = json.loads((to / "llmkern.json").read_text())
-        meta.pop("sha256", None)
+        meta["sha256"][path.name], meta["headers"][path.name] = digest(path), checkpoint_folder.header_digest(path)
+        meta["seal"] = checkpoint_folder.seal(meta)
         (to / "llmkern.json").write_text(json.dumps(meta))
     return to
 
@@ -259,8 +261,6 @@ def test_verify_lists_every_problem_of_others(run, folders, tmp_path):  # noqa: 
 
 def test_verify_checks_the_checksums(run, folders, tmp_path):  # noqa: F811
     meta = json.loads((folders("ours int4") / "llmkern.json").read_text())
-    if "sha256" not in meta:
-        pytest.skip("llmkern.json has no checksums")
     assert json.loads(run("verify", folders("ours int4"), "--json")[1])["checks"]["checksums"] == len(meta["sha256"])
     shutil.copytree(folders("ours int4"), tmp_path / "bad")
     path = tmp_path / "bad" / "model.safetensors"

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import tiny
 import torch
+from test_checkpoint import reseal
 
 import llmkern
 from llmkern.formats import Int4Weight, Int8Weight
@@ -83,6 +84,7 @@ def test_a_saved_model_comes_back_with_it(tmp_path):
     )
     assert torch.equal(tiny.output("llama", loaded, ids), tiny.output("llama", model, ids))
     (tmp_path / "m" / "llmkern.safetensors").unlink()
+    reseal(tmp_path / "m")
     with pytest.raises(ValueError, match=r"lacks tensor model.layers.1.mlp.down_proj.input_order"):
         llmkern.load(tmp_path / "m")
 

@@ -16,9 +16,13 @@ def read_object(path: Path, caller: str) -> dict[str, Any]:
     a key twice, and an object.
     """
     try:
-        if path.stat().st_size > LARGEST:
+        if not path.is_file():  # a device would have no end
+            raise ValueError("it is no file" if path.exists() else "it is not there")
+        with path.open("rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
             raise ValueError(f"larger than {LARGEST} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_twins)
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=without_twins)
     except RecursionError:
         raise ValueError(f"{caller}: {path.name} cannot be read: nested too deeply") from None
     except (OSError, ValueError) as error:
@@ -33,6 +37,6 @@ def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r:.100} is there twice")
         found[key] = value
     return found

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmkern._files import digest, exchange, flush
 from llmkern._json import read_object
+from llmkern.weight_files import INDEX
 
 FORMATS = ("compressed-tensors", "gptq", "dense")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META, EXTRA = "llmkern.json", "llmkern.safetensors"
+CHANGED = f"was changed since it was saved; without {META} the folder loads as what its config.json says"
+LONGEST_HEADER = 100_000_000  # the format's own limit
 MARK, OLD = ".llmkern-", "-old"  # in the names of temporary siblings, and of those that were `path` before
 
 
@@ -78,6 +85,38 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def seal(meta: Mapping[str, Any]) -> str:
+    """The SHA-256 of what llmkern.json holds, but for `seal` itself: it tells an accident, not a forger."""
+    text = json.dumps({key: value for key, value in meta.items() if key != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def header_digest(path: Path) -> str:
+    """The SHA-256 of a safetensors file up to the end of its header (of all of it where it says to be longer)."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        return hashlib.sha256(start + file.read(min(int.from_bytes(start, "little"), LONGEST_HEADER))).hexdigest()
+
+
+def check_unchanged(folder: Path, meta: Mapping[str, Any], paths: Iterable[Path]) -> None:
+    """What load checks of a folder's checksums before it reads `paths`: all but the values of tensors, in no time.
+
+    ValueError for another index or header; a warning for another configuration, which users may change.
+    """
+    sums, headers, paths = meta["sha256"], meta["headers"], list(paths)
+    for path in paths:
+        if headers.get(path.name) != header_digest(path):
+            raise ValueError(f"load: the header of {path.name} {CHANGED}")
+    if gone := headers.keys() - {path.name for path in paths}:
+        raise ValueError(f"load: {META} lists {min(gone)}, which is not there, or not in the index")
+    for path in (folder / INDEX, folder / "config.json", folder / "generation_config.json"):
+        if sums.get(path.name) == (digest(path) if path.is_file() else None):
+            continue
+        if path.name == INDEX:
+            raise ValueError(f"load: {path.name} {CHANGED}")
+        warnings.warn(f"load: {path.name} was changed since it was saved", stacklevel=3)
 
 
 def check_files(folder: Path) -> int:

@@ -101,7 +101,7 @@ def join(name: str, parts: list[dict[str, Tensor]], format: str) -> dict[str, Te
         rows = [part["weight_scale"].shape[0] for part in parts]
         shapes = joined["weight_shape"].tolist()
         if len(shapes) != 2 * len(rows) or shapes[::2] != rows or len(set(shapes[1::2])) != 1:
-            raise ValueError(f"load: layer {name}: its parts have weight_shape {shapes}, but {rows} rows")
+            raise ValueError(f"load: layer {name}: its parts have weight_shape {shapes!s:.100}, but {rows} rows")
         joined["weight_shape"] = torch.tensor([sum(rows), shapes[1]])
     return joined
 

@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from llmkern import expert_files, expert_tensors, experts
 from llmkern._json import read_object
 from llmkern._version import __version__
-from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META
+from llmkern.checkpoint_folder import CHANGED, EXTRA, FORMAT_VERSION, FORMATS, META, check_unchanged, seal
 from llmkern.checkpoints import read_model
 from llmkern.formats import compressed_tensors as ct
 from llmkern.formats import gptq_checkpoint
 from llmkern.formats.bit_words import BITS
 from llmkern.nn import ORDER, PackedLinear, dense_weight, is_conv1d, is_linear, packed_names
 from llmkern.patching import swap_all
-from llmkern.weight_files import DTYPES, headers, parameters_on_meta, weight_paths
+from llmkern.skeleton import build
+from llmkern.weight_files import DTYPES, FLOATS, headers, weight_paths
+
+# What a layer has in the files, and beside them.
+LEAVES = (
+    "weight", "bias", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "qweight", "qzeros",
+    "scales", "g_idx", "positions", "bits", ORDER,
+)  # fmt: skip
 
 
 def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
@@ -36,9 +43,10 @@ def load(path: str | Path, device: torch.device | str | None = "cpu") -> Any:
     if not (folder / META).is_file() and (folder / "config.json").is_file():
         return read_model(folder, device)
     meta = _read_meta(folder)
-    model = _skeleton(folder, meta["model_class"])
-    tensors = _read_tensors(weight_paths(folder, "load"), device)
-    extra = _read_tensors([folder / EXTRA], device) if (folder / EXTRA).exists() else {}
+    paths, beside = weight_paths(folder, "load"), [folder / EXTRA] if (folder / EXTRA).is_file() else []
+    check_unchanged(folder, meta, [*paths, *beside])
+    tensors, extra = _read_tensors(paths, device), _read_tensors(beside, device)
+    model = build(folder, _model_class(meta["model_class"]), paths, len(tensors))
     _rename(tensors, meta.get("renamed", {}))
     # A mixture of which a layer was packed was saved as `Experts`: its layers have names of their own.
     homes = {parent for name in meta["layers"] for parent in accumulate(name.split("."), "{}.{}".format)}
@@ -61,13 +69,15 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"load: {META} has format_version {version!r}; this llmkern {__version__} reads {FORMAT_VERSION}"
+            f"load: {META} has format_version {version!r:.100}; this llmkern {__version__} reads {FORMAT_VERSION}"
         )
     if meta.get("format") not in FORMATS:
-        raise ValueError(f"load: {META} has format {meta.get('format')!r}; known: {', '.join(FORMATS)}")
-    for key, kind in (("model_class", str), ("layers", dict), ("tied", dict)):
+        raise ValueError(f"load: {META} has format {meta.get('format')!r:.100}; known: {', '.join(FORMATS)}")
+    if meta.get("seal") != seal(meta):
+        raise ValueError(f"load: {META} {CHANGED}")
+    for key, kind in (("model_class", str), ("layers", dict), ("tied", dict), ("sha256", dict), ("headers", dict)):
         if not isinstance(meta.get(key), kind):
-            raise ValueError(f"load: {META} needs {key} as a {kind.__name__}, got {meta.get(key)!r}")
+            raise ValueError(f"load: {META} needs {key} as a {kind.__name__}, got {meta.get(key)!r:.100}")
     return meta
 
 
@@ -90,25 +100,17 @@ def _read_tensors(paths: list[Path], device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def _skeleton(folder: Path, class_name: str) -> Any:
-    """The model without weights: its parameters on the meta device, its other buffers computed as the model does."""
+def _model_class(name: str) -> Any:
+    """A class of transformers; ValueError for what is no model of it."""
     try:
         import transformers
     except ImportError:
         raise ImportError("load: transformers is not installed; pip install 'llmkern[hf]'") from None
 
-    kind = getattr(transformers, class_name, None)
+    kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"load: {META} names the model class {class_name!r}, which transformers does not have")
-    read_object(folder / "config.json", "load")
-    config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with parameters_on_meta():
-        model = kind._from_config(config)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
+        raise ValueError(f"load: {META} names the model class {name!r:.100}, which transformers does not have")
+    return kind
 
 
 def _restore_layer(
@@ -135,6 +137,8 @@ def _restore_layer(
         bias = dense.get_parameter("bias")  # without values: they are another parameter's
     if "weight" in own and "weight_scale" not in own and is_conv1d(dense):
         own["weight"] = own["weight"].T.contiguous()
+    if bias is not None and bias.dtype not in FLOATS.values():
+        raise ValueError(f"load: layer {name}: the bias must be a float tensor, got {bias.dtype}")
     if (bias is None) != (dense.bias is None):
         raise ValueError(
             f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
@@ -198,9 +202,8 @@ def _rename(tensors: dict[str, Tensor], renamed: Any) -> None:
 
 
 def _take(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one layer by suffix, removed from `tensors`."""
-    found = [key for key in tensors if key.rpartition(".")[0] == name]
-    return {key.rpartition(".")[2]: tensors.pop(key) for key in found}
+    """The tensors of one layer by suffix, removed from `tensors`; what no layer has stays."""
+    return {leaf: tensors.pop(f"{name}.{leaf}") for leaf in LEAVES if f"{name}.{leaf}" in tensors}
 
 
 def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> None:
@@ -213,18 +216,30 @@ def _restore_rest(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, 
     if unknown := tensors.keys() - wanted.keys():
         raise ValueError(f"load: the files hold {len(unknown)} unknown tensors: {_some(unknown)}")
     for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"load: {name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}")
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise ValueError(f"load: {name} must be {list(tensor.shape)}, got {list(found.shape)}")
+        if found.dtype not in (FLOATS.values() if tensor.is_floating_point() else (tensor.dtype,)):
+            raise ValueError(f"load: {name} must be of a dtype such as {tensor.dtype}, got {found.dtype}")
     model.load_state_dict(tensors, strict=False, assign=True)
     for name, source in tied.items():
-        owner, _, key = name.rpartition(".")
-        try:
-            model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
-        except AttributeError:
-            raise ValueError(f"load: {META} ties {name} to {source}, which the model does not have") from None
+        _tie(model, name, source)
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise ValueError(f"load: no values for {_some(empty)}")
+
+
+def _tie(model: nn.Module, name: str, source: Any) -> None:
+    """Let the parameter `name` be the parameter `source`; ValueError unless the model has both, of one shape."""
+    owner, _, key = name.rpartition(".")
+    try:
+        home, shared = model.get_submodule(owner), model.get_parameter(source)
+        own = home._parameters[key]
+    except (AttributeError, KeyError):
+        raise ValueError(f"load: {META} ties {name} to {source!r:.100}, which the model does not have") from None
+    if own is None or own.shape != shared.shape:
+        raise ValueError(f"load: {META} ties {name} to {source}, of another shape")
+    home._parameters[key] = shared
 
 
 def _some(names: Any) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from llmkern._files import digest
 from llmkern._version import __version__
-from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, refuse_foreign, whole_folder
+from llmkern.checkpoint_folder import EXTRA, FORMAT_VERSION, FORMATS, META, refuse_foreign, seal, whole_folder
 from llmkern.nn import PackedLinear
 from llmkern.report import Report
 from llmkern.saved_config import config_of, warn_of_readers
@@ -67,7 +67,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-        meta["sha256"] = {name: sums.get(name) or digest(folder / name) for name in files}
+        meta["sha256"] = {name: sums[name].whole if name in sums else digest(folder / name) for name in files}
+        meta["headers"] = {name: found.header for name, found in sums.items()}
+        meta["seal"] = seal(meta)
         if report is not None:  # not among the checksums: it holds times, and two runs' models are the same without it
             report.to_json(folder / "report.json")
             report.to_html(folder / "report.html")

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmkern.weight_files import INDEX, WEIGHTS
-from llmkern.weight_writer import Later, write
+from llmkern.weight_writer import Later, Sums, write
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -46,8 +46,8 @@ def nbytes(tensor: Tensor | Later) -> int:
 
 def write_shards(
     folder: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str], most: int
-) -> dict[str, str]:
-    """Write all tensors to `folder`, one in memory at a time; the SHA-256 of each safetensors file by name.
+) -> dict[str, Sums]:
+    """Write all tensors to `folder`, one in memory at a time; the checksums of each safetensors file by name.
 
     One file if they fit into it, else shards and their index. Errors as `weight_writer.write`.
     """

@@ -55,7 +55,7 @@ class Lazy:
         with self.stored.path.open("rb", buffering=0) as file:
             file.seek(self.stored.offset)
             if not fill(tensor, file):
-                raise ValueError(f"{self.caller}: {self.stored.path}: the file ends inside tensor {self.key!r}")
+                raise ValueError(f"{self.caller}: {self.stored.path}: the file ends inside tensor {self.key!r:.100}")
         return tensor[at]
 
 
@@ -73,7 +73,9 @@ class Files:
         for path in paths or weight_paths(folder, caller):
             for key, stored in headers(path, caller):
                 if key in self.tensors:
-                    raise ValueError(f"{caller}: {path}: tensor {key!r} is in {self.tensors[key].path.name} as well")
+                    raise ValueError(
+                        f"{caller}: {path}: tensor {key!r:.100} is in {self.tensors[key].path.name} as well"
+                    )
                 self.tensors[key] = stored
 
     def dtype(self, config: Any) -> torch.dtype:
@@ -91,12 +93,12 @@ class Files:
             if stored.dtype not in (FLOATS if tensor.is_floating_point() else DTYPES):
                 known = ", ".join(FLOATS if tensor.is_floating_point() else DTYPES)
                 raise ValueError(
-                    f"{self.caller}: {stored.path}: tensor {key!r} must be one of {known}, got {stored.dtype}"
+                    f"{self.caller}: {stored.path}: tensor {key!r:.100} must be one of {known}, got {stored.dtype}"
                 )
             if not target.converted and stored.shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"{self.caller}: {stored.path}: tensor {key!r} must be {list(tensor.shape)} for {target.name}, "
-                    f"got {list(stored.shape)}"
+                    f"{self.caller}: {stored.path}: tensor {key!r:.100} must be {list(tensor.shape)} for "
+                    f"{target.name}, got {list(stored.shape)}"
                 )
 
     def warn_unknown(self, model: nn.Module, unknown: list[str]) -> None:
@@ -251,9 +253,9 @@ def weight_paths(folder: Path, caller: str) -> list[Path]:
         raise ValueError(f"{caller}: {folder / INDEX}: wanted JSON with a weight_map of file names")
     for name in (found := sorted(set(names.values()))):
         if Path(name).name != name:
-            raise ValueError(f"{caller}: {folder / INDEX}: a file name with a folder in it: {name!r}")
+            raise ValueError(f"{caller}: {folder / INDEX}: a file name with a folder in it: {name!r:.100}")
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{caller}: {folder / INDEX}: wanted a .safetensors file, got {name!r}")
+            raise ValueError(f"{caller}: {folder / INDEX}: wanted a .safetensors file, got {name!r:.100}")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{caller}: {folder / INDEX} names {name}, which is not there")
     return [folder / name for name in found]

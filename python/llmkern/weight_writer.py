@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +27,15 @@ class Later(NamedTuple):
     make: Callable[[], Tensor]
 
 
-def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> str:
-    """Write the file: tensors of wide types first, so that each is aligned, then by name; its SHA-256 in hexadecimal.
+class Sums(NamedTuple):
+    """SHA-256 in hexadecimal: of a file, and of its beginning up to the end of the header."""
+
+    whole: str
+    header: str
+
+
+def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> Sums:
+    """Write the file: tensors of wide types first, so that each is aligned, then by name.
 
     Raises TypeError for a dtype that the format does not have, ValueError for a tensor without values (meta) or one
     that turns out to be another than was announced.
@@ -48,13 +54,16 @@ def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[s
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    of_header = digest.hexdigest()
     with path.open("wb", buffering=0) as file:
-        head: list[bytes | memoryview] = [len(text).to_bytes(8, "little") + text]
-        for data in chain(head, (_bytes(name, tensors[name]) for name in order)):
+        _write(file.write, head)
+        for name in order:
+            data = _bytes(name, tensors[name])
             digest.update(data)
             _write(file.write, data)
-    return digest.hexdigest()
+    return Sums(digest.hexdigest(), of_header)
 
 
 def _bytes(name: str, tensor: Tensor | Later) -> memoryview:

@@ -132,15 +132,15 @@ def _layers(
     """One entry per matrix, or per stack of a mixture's experts; block 2 before block 10."""
     known = ours.get("layers")
     known = known if isinstance(known, dict) else {}
-    renamed = ours.get("renamed")
-    renamed = renamed if isinstance(renamed, dict) else {}
-    wholes = {part: name for name, entry in known.items() for part in _parts(entry)}
+    renamed = _names_in_model(ours)
     parts: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
         for part, own in _of_experts(renamed.get(name, name), stored, known):
             layer, _, leaf = part.rpartition(".")
-            leaves = parts.setdefault(wholes.get(layer, layer), {})
-            leaves[leaf] = own if leaf not in leaves else own._replace(nbytes=own.nbytes + leaves[leaf].nbytes)
+            leaves = parts.setdefault(renamed.get(layer, layer), {})
+            # The rows of one layer may be in several tensors.
+            before = leaves[leaf].nbytes if leaf in leaves else 0
+            leaves[leaf] = own._replace(nbytes=before + own.nbytes)
     found = []
     for layer in sorted(parts, key=_natural):
         if layer in others:
@@ -161,10 +161,14 @@ def _layers(
     return found
 
 
-def _parts(entry: Any) -> list[str]:
-    """The names of the matrices in the files that a layer's rows are stored as, if they are several."""
-    parts = entry.get("parts") if isinstance(entry, dict) else None
-    return [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
+def _names_in_model(ours: dict[str, Any]) -> dict[str, str]:
+    """Tensors, and parts of layers, whose name in the files is not that in the model -> that."""
+    renamed, layers = ours.get("renamed"), ours.get("layers")
+    found = dict(renamed) if isinstance(renamed, dict) else {}
+    for layer, entry in layers.items() if isinstance(layers, dict) else ():
+        parts = entry.get("parts") if isinstance(entry, dict) else None
+        found |= {str(part): layer for part in parts} if isinstance(parts, list) else {}
+    return {name: own for name, own in found.items() if isinstance(own, str)}
 
 
 def _of_experts(name: str, stored: Stored, known: Mapping[str, Any]) -> Iterator[tuple[str, Stored]]:

@@ -23,7 +23,8 @@ from llmkern.checkpoints.layers import read_layer, stack
 from llmkern.checkpoints.scheme import BadTensor, Layer, Scheme
 from llmkern.formats.bit_words import BITS
 from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
-from llmkern.weight_files import Reader, parameters_on_meta, without_place
+from llmkern.skeleton import build
+from llmkern.weight_files import Reader, without_place
 
 
 class Place(NamedTuple):
@@ -46,7 +47,7 @@ def read_model(path: str | Path, device: torch.device | str | None = "cpu", *, f
     """
     folder = Folder(path)
     device = torch.device("cpu" if device is None else device)
-    model = skeleton(folder.path, folder.config)
+    model = skeleton(folder)
     Loading(folder, model, device, find_24).run()
     for note in folder.schemes.notes:
         warnings.warn(f"load: {folder.path}: {note}", stacklevel=3)
@@ -54,31 +55,20 @@ def read_model(path: str | Path, device: torch.device | str | None = "cpu", *, f
     return model.to(device).eval()
 
 
-def skeleton(folder: Path, config: dict[str, Any]) -> Any:
+def skeleton(folder: Folder) -> Any:
     """The model of config.json without weights, by the class that its `architectures` name."""
     try:
         import transformers
     except ImportError:
         raise ImportError("load: transformers is not installed; pip install 'llmkern[hf]'") from None
 
-    names = config.get("architectures")
+    path, names = folder.path / "config.json", folder.config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ValueError(f"load: {folder / 'config.json'}: architectures name {name!r}, no model class of transformers")
-    try:
-        own = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]
-        for key in ("quantization_config", "compression_config"):
-            if hasattr(own, key):
-                delattr(own, key)
-        with parameters_on_meta():
-            model = kind._from_config(own)
-    except Exception as error:  # whatever a class does with sizes that make no sense
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"load: {folder / 'config.json'}: no {name} is made of it: {reason:.200}") from error
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
+        raise ValueError(f"load: {path}: architectures name {name!r:.100}, no model class of transformers")
+    tensors = folder.files.tensors
+    return build(folder.path, kind, sorted({stored.path for stored in tensors.values()}), len(tensors))
 
 
 class Loading:

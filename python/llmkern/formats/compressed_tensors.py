@@ -84,7 +84,8 @@ def decode(
     if kind not in KINDS:
         raise ValueError(f"unknown packed weight {kind!r}; known: {', '.join(KINDS)}")
     if "weight_shape" in tensors and tensors["weight_shape"].tolist() != list(shape):
-        raise ValueError(f"weight_shape is {tensors['weight_shape'].tolist()}, but the layer is {list(shape)}")
+        found_shape = str(tensors["weight_shape"].tolist())
+        raise ValueError(f"weight_shape is {found_shape:.100}, but the layer is {list(shape)}")
     scales = tensors.get("weight_scale")
     found: dict[str, Tensor] = {} if scales is None else {"scales": scales}
     n, k = shape
