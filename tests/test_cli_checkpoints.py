@@ -17,6 +17,7 @@ from llmkern import checkpoint_folder, converting
 from llmkern._files import digest
 from llmkern.nn import PackedLinear
 from llmkern.recipe import Recipe
+from llmkern.verifying import verify
 
 transformers = pytest.importorskip("transformers")
 ORDERS = {64: torch.randperm(64, generator=torch.Generator().manual_seed(1)),
@@ -285,6 +286,41 @@ def test_verify_compares_kernels_with_references(run, folders, monkeypatch):  # 
     code, out, _ = run("verify", folders("ours int4"), "--forward", "--json")
     assert code == 1
     assert "kernels and references differ by" in json.loads(out)["error"]
+
+
+def changed(data, random, start):
+    """A few bytes of a file other than they were."""
+    data = bytearray(data)
+    for at in torch.randint(start, len(data), (3,), generator=random).tolist():
+        data[at] ^= 1 << int(torch.randint(0, 8, (1,), generator=random))
+    return data
+
+
+@pytest.mark.parametrize("kind", ["ours 2:4 int4", "gptq act-order", "dense", "gguf"])
+def test_verify_ends_in_a_verdict_whatever_is_in_the_files(folders, tmp_path, kind):
+    """Bytes of headers, JSON files and tensors changed at random: valid, problems, or a plain error."""
+    random = torch.Generator().manual_seed(0)
+    source = folders(kind)
+    folder = tmp_path / "m"
+    if source.is_dir():
+        shutil.copytree(source, folder)
+    else:
+        folder.mkdir()
+        shutil.copy(source, folder / "m.gguf")
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".gguf"))
+    verdicts = []
+    for turn in range(40):
+        path = files[turn % len(files)]
+        before = path.read_bytes()
+        header = 8 + struct.unpack("<Q", before[:8])[0] if path.suffix == ".safetensors" else len(before)
+        path.write_bytes(changed(before[:header], random, 0) + before[header:])
+        try:
+            verdicts.append(len(verify(folder)["problems"]))
+        except (ValueError, TypeError, OSError) as error:
+            verdicts.append(str(error))
+        path.write_bytes(before)
+    assert any(verdicts)
+    assert verify(folder)["problems"] == []
 
 
 def test_verify_nothing(run, tmp_path):  # noqa: F811

@@ -143,10 +143,6 @@ def _restore_layer(
         raise ValueError(
             f"load: layer {name} has {'no bias in the file' if bias is None else 'a bias only in the file'}"
         )
-    beside = _take(extra, name)
-    order = beside.pop(ORDER, None)
-    if (order is not None) != bool(entry.get(ORDER)):
-        raise ValueError(f"load: {EXTRA} {'lacks' if order is None else 'holds an unknown'} tensor {name}.{ORDER}")
     decode = gptq_checkpoint.decode if format == "gptq" else ct.decode
     beside = _take(extra, name)
     order = beside.pop(ORDER, None)

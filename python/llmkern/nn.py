@@ -32,6 +32,7 @@ TENSORS = {
 }
 # Bits of a code as the format stores it; None for float values.
 STORED_BITS = {"Int8Weight": 8, "Int4Weight": 4, "Sparse24Int4Weight": 4}
+
 ORDER = "input_order"
 
 

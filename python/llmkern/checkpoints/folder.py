@@ -125,7 +125,8 @@ def is_read(folder: Path) -> bool:
     """Whether the weights of a model folder of others are quantized by a method that is read here."""
     if not names_quantization(folder):
         return False
-    return quantization(folder, read_object(folder / "config.json", "load")).get("quant_method") in layers.METHODS
+    method = quantization(folder, read_object(folder / "config.json", "load")).get("quant_method")
+    return isinstance(method, str) and method in layers.METHODS
 
 
 def _files(folder: Path) -> Files:
