@@ -288,6 +288,15 @@ def test_verify_compares_kernels_with_references(run, folders, monkeypatch):  # 
     assert "kernels and references differ by" in json.loads(out)["error"]
 
 
+def test_verify_a_config_that_transformers_trips_over(run, folders, tmp_path):  # noqa: F811
+    shutil.copytree(folders("dense"), tmp_path / "bad")
+    path = tmp_path / "bad" / "config.json"
+    path.write_text(path.read_text().replace('"float32"', '"floit32"'))
+    code, out, _ = run("verify", tmp_path / "bad", "--json")
+    assert code == 1
+    assert "the model cannot be built: AttributeError: " in json.loads(out)["error"]
+
+
 def changed(data, random, start):
     """A few bytes of a file other than they were."""
     data = bytearray(data)

@@ -202,7 +202,14 @@ def _gguf_values(path: Path) -> Step:
 
 def _loads(load: Callable[[], Any]) -> Step:
     """The model takes the tensors: none is missing, unknown, or of another shape."""
-    yield "model", load()
+    try:
+        model = load()
+    except (ValueError, TypeError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # transformers believes a config.json: anything may be raised inside
+        lines = str(error).strip().splitlines() or [""]
+        raise ValueError(f"verify: the model cannot be built: {type(error).__name__}: {lines[0]}") from error
+    yield "model", model
 
 
 def _dense(folder: Path) -> Any:
