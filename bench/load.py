@@ -4,7 +4,8 @@ Each load is a fresh process, repeated; files are in the system's cache. `extra_
 from before the load until it is done, less what the process had with its libraries imported; `packed_mb` is what the
 loaded model's tensors take. transformers maps files and reads no weight until it is used, so `ready_s` and `ready_mb`
 are those until the logits of eight tokens are there. The folders are ordinary checkpoints: llmkern.json is taken out,
-but for the row `llmkern`. Memory does not depend on how busy the machine is; the seconds do.
+but for the row `llmkern`. Memory does not depend on how busy the machine is, and little the seconds of the processor
+(`load_cpu_s`, of all threads); the others do.
 """
 
 from __future__ import annotations
@@ -45,18 +46,19 @@ transformers.LlamaForCausalLM, llmkern.load  # loaded at first use
 from transformers import core_model_loading, conversion_mapping
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-before, start = memory("VmRSS"), time.perf_counter()
+before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
 if how == "dense":
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 else:
     model = llmkern.load(folder)
 seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+cpu = time.process_time() - cpu
 with torch.no_grad():
     logits = model(torch.arange(8)[None]).logits
 ready, peak_ready = time.perf_counter() - start, memory("VmHWM") - before
 assert torch.isfinite(logits).all()
 print(json.dumps({
-    "extra": peak, "ready_extra": peak_ready, "load": seconds, "ready": ready, "bytes": model_bytes(model),
+    "extra": peak, "ready_extra": peak_ready, "load": seconds, "ready": ready, "cpu": cpu, "bytes": model_bytes(model),
 }))
 """
 
@@ -108,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seconds = [run[kind] for run in own[1:]]
                 row[f"{kind}_s"] = [round(f(seconds), 3) for f in (min, statistics.median, max)]
                 row[f"{kind}_to_dense"] = round(statistics.median(seconds) / dense[kind], 3)
+            row["load_cpu_s"] = round(statistics.median(run["cpu"] for run in own[1:]), 3)
             if how != "dense":
                 row["memory_met"] = ratio <= MEMORY_GOAL
                 row["time_met"] = row["load_to_dense"] < 1 and row["ready_to_dense"] < 1  # type: ignore[operator]

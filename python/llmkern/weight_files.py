@@ -222,21 +222,23 @@ def parameters_on_meta() -> Iterator[None]:
 
     `torch.device("meta")` would also swallow the buffers that no file holds (rotary frequencies).
     """
-    register = nn.Module.register_parameter
+    register, reset = nn.Module.register_parameter, nn.Linear.reset_parameters
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         if parameter is not None:
-            # Nothing to initialise, which transformers would do all the same: half of the time of a load.
+            # Nothing to initialise, which would be most of the time here.
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         register(self, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Linear.reset_parameters = reset  # type: ignore[method-assign]
 
 
 def weight_paths(folder: Path, caller: str) -> list[Path]:

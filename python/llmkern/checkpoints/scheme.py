@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmkern.formats import PackedWeight
+from llmkern.formats._base import are_scales
 from llmkern.ops._linear import FLOATS
 
 INTEGERS = (torch.int32, torch.int64)
@@ -116,9 +117,8 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 def check_scales(leaf: str, scales: Tensor) -> None:
     """BadTensor for a NaN, infinite, zero or negative scale."""
-    bad = ~(torch.isfinite(scales) & (scales > 0))
-    if bad.any():
-        at = [int(i) for i in bad.nonzero()[0]]
+    if not are_scales(scales):
+        at = [int(i) for i in (~(torch.isfinite(scales) & (scales > 0))).nonzero()[0]]
         raise BadTensor(leaf, f"must be finite and above 0, got {float(scales[tuple(at)])} at {at}")
 
 
