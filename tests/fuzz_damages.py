@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -206,9 +205,8 @@ def files_of(rng: random.Random, path: Path) -> None:
         return
     data, how = file.read_bytes(), rng.randrange(8)
     if how == 7:
-        shutil.copy(
-            file, path / rng.choice(["llmkern.safetensors", "model.safetensors", "model.safetensors.index.json"])
-        )
+        name = rng.choice(["llmkern.safetensors", "model.safetensors", "model.safetensors.index.json"])
+        (path / name).write_bytes(data)
         return
     file.unlink()
     if how == 1:

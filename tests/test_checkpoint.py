@@ -380,6 +380,12 @@ def rewrite(path, name):
     (path / name).write_bytes(data.replace(b'"0.1.0"', b'"0.1.1"').replace(b'"format":"pt"', b'"format":"tf"'))
 
 
+def begin(path, text):
+    """Put text at the beginning of llmkern.json's object."""
+    data = (path / "llmkern.json").read_text()
+    (path / "llmkern.json").write_text(data.replace("{", "{" + text, 1))
+
+
 def truncate(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
@@ -388,6 +394,9 @@ def truncate(path):
 DAMAGE = {
     "nothing": (lambda path: [(path / name).unlink() for name in ("llmkern.json", "config.json")], "no llmkern.json"),
     "broken meta": (lambda path: (path / "llmkern.json").write_text("{"), "llmkern.json cannot be read"),
+    "twice": (lambda path: begin(path, '"format": "dense",'), "the key 'format' is there twice"),
+    "deep": (lambda path: begin(path, '"a": ' + "[" * 100_000 + "]" * 100_000 + ","), "nested too deeply"),
+    "not text": (lambda path: (path / "llmkern.json").write_bytes(b"\xff{}"), "llmkern.json cannot be read"),
     "list meta": (lambda path: (path / "llmkern.json").write_text("[]"), "must hold an object"),
     "newer": (edit(lambda meta: meta.update(format_version=99)), "format_version 99"),
     "edited": (lambda path: rewrite(path, "llmkern.json"), "llmkern.json was changed since it was saved"),

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from test_checkpoint import assert_same_model
 
 import llmkern
-from llmkern import checkpoint, checkpoint_folder, shards, weight_writer
+from llmkern import checkpoint, checkpoint_folder, weight_writer
 from llmkern.nn import PackedLinear
+from llmkern.packed_size import packed_size
 
 QUIET = pytest.mark.filterwarnings("ignore:save. llmkern.load reads this folder", "ignore:save. .* have zero points")
 pytestmark = QUIET
@@ -162,69 +163,13 @@ def test_the_order_of_columns_is_told_and_loads(tmp_path):
         assert {m.act_order for m in model.modules() if isinstance(m, PackedLinear)} == {wanted}
 
 
-# Shards
-
-
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_shards_hold_what_one_file_holds(kind, tmp_path):
-    model = tiny.MODELS[kind]()
-    llmkern.patch(model, "rtn-int4-g16")
-    llmkern.save(model, tmp_path / "one")
-    llmkern.save(model, tmp_path / "m", max_shard_size="20KB")
-    names = sorted(file.name for file in (tmp_path / "m").glob("*.safetensors"))
-    assert names == [f"model-{at:05}-of-{len(names):05}.safetensors" for at in range(1, len(names) + 1)]
-    assert len(names) > 3
-    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
-    one, found = load_file(tmp_path / "one" / "model.safetensors"), {}
-    for name in names:
-        shard = load_file(tmp_path / "m" / name)
-        assert len(shard) == 1 or sum(tensor.nbytes for tensor in shard.values()) <= 20_000
-        assert {index["weight_map"][key] for key in shard} == {name}
-        found |= shard
-    assert found.keys() == one.keys() == index["weight_map"].keys()
-    assert all(torch.equal(found[key], one[key]) for key in one)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
-    assert_same_model(kind, llmkern.load(tmp_path / "m"), model)
-    assert checkpoint.check_files(tmp_path / "m") == len(names) + 3
-    assert_close(kind, stock(tmp_path / "m"), model)
-
-
-def test_a_shard_is_all_that_is_in_memory(tmp_path):
-    """Of tensors that are made when they are written, the one before is gone when the next is made."""
-    alive, most = 0, 0
-
-    def make():
-        nonlocal alive, most
-        tensor = torch.zeros(1000)
-        alive += 1
-        most = max(most, alive)
-
-        class Counted(torch.Tensor):
-            def __del__(self):
-                nonlocal alive
-                alive -= 1
-
-        return tensor.as_subclass(Counted)
-
-    tensors = {f"t{at}": weight_writer.Later(torch.float32, torch.Size([1000]), make) for at in range(9)}
-    shards.write_shards(tmp_path, tensors, {}, 10_000)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) == 5
-    assert most <= 2, "at most the tensor that is written and the one that is made"
-
-
-@pytest.mark.parametrize(
-    ("size", "wanted"),
-    [("5GB", 5 * 10**9), ("1.5 MiB", 3 * 2**19), ("200kb", 200_000), (7, 7), ("12", 12), ("2TB", 2 * 10**12)],
-)
-def test_sizes(size, wanted):
-    assert shards.parse_size(size) == wanted
-
-
-@pytest.mark.parametrize("size", [0, -1, "0GB", "5 apples", "", "GB", None, True, 2.5, "-5GB", "5PB", "nan"])
-def test_sizes_that_are_none_are_refused(size, tmp_path):
-    with pytest.raises(ValueError, match='max_shard_size must be bytes or such as "5GB"'):
-        llmkern.save(tiny.llama(), tmp_path / "m", max_shard_size=size)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("again", [False, True])
+def test_a_resumed_run_knows_the_bits(again, tmp_path):
+    for _ in range(1 + again):
+        model = tiny.llama(num_hidden_layers=1)
+        llmkern.compress(model, "gptq-int3-g32", tiny.token_ids(), state_dir=tmp_path / "state", progress=False)
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert {(layer.num_bits, layer.act_order, layer.method) for layer in layers} == {(3, "static", "gptq-int3-g32")}
 
 
 # Checksums
@@ -366,3 +311,21 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "m").is_symlink()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "there"]
     llmkern.load(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["rtn-int2-g16", "rtn-int3-g24-asym", "rtn-int3", "rtn-int4-g32-asym", "rtn-int8-asym", "magnitude-2:4-int3-g32"],
+)
+def test_plans_know_the_bytes_of_a_file(scheme, tmp_path):
+    model = tiny.llama()
+    recipe = llmkern.Recipe.parse(scheme)
+    planned = sum(
+        packed_size(tuple(layer.weight.shape), recipe, torch.float32).file_bytes
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head"
+    )
+    llmkern.patch(model, recipe)
+    llmkern.save(model, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    assert planned == sum(tensor.nbytes for name, tensor in tensors.items() if ".weight_" in name)

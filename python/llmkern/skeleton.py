@@ -32,6 +32,8 @@ def build(folder: Path, kind: Any, paths: list[Path], tensors: int) -> Any:
     it, and for a model that these files cannot be of.
     """
     data = read_object(folder / "config.json", "load")
+    if not isinstance(model_type := data.get("model_type", ""), str):
+        raise ValueError(f"load: config.json: model_type must be a string, got {model_type!r:.100}")
     _bounded(data, max(MOST_MODULES, tensors))
     size = sum(path.stat().st_size for path in paths)
     try:

@@ -37,7 +37,7 @@ def parse(quantization_config: Mapping[str, Any]) -> Schemes:
     if not isinstance(quantization_config, Mapping):
         raise ValueError(f"quantization_config must be an object, got {quantization_config!r:.80}")
     method = quantization_config.get("quant_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"quantization_config: quant_method must be one of {', '.join(METHODS)}, got {method!r:.80}")
     return METHODS[method](quantization_config)
 

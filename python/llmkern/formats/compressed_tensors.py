@@ -106,6 +106,8 @@ def decode(
         if mask.dtype != torch.uint8 or mask.shape != (n, -(-k // 8)):
             raise ValueError(f"bits must be uint8 [{n}, {-(-k // 8)}], got {mask.dtype} {list(mask.shape)}")
         keep = unpack_bits(mask, k)
+        if "bits" in extra and bool((dense.ne(0) & ~keep).any()):
+            raise ValueError("bits prune a value that is not 0")
         counts = torch.nn.functional.pad(keep.sum(1, dtype=torch.int64), (1, 0))
         _refuse_dropped("bits", dense, dense[keep])
         found |= {"values": dense[keep], "bits": mask, "row_offsets": counts.cumsum(0)}
@@ -116,6 +118,8 @@ def decode(
     elif positions.dtype != torch.uint8 or positions.shape != (n, -(-k // 8)):
         raise ValueError(f"positions must be uint8 [{n}, {-(-k // 8)}], got {positions.dtype} {list(positions.shape)}")
     kept = gather(dense, unpack_positions(positions, -(-k // 4)))
+    if "positions" in extra and int(kept.count_nonzero()) != int(dense.count_nonzero()):
+        raise ValueError("positions must be distinct and ascending, and keep every value that is not 0")
     found |= {"positions": positions}
     found |= {"words": pack_words(kept)} if kind == "Sparse24Int4Weight" else {"values": kept}
     weight = KINDS[kind].from_tensors(found, shape=shape, group_size=group_size)  # type: ignore[attr-defined]
