@@ -123,11 +123,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] in x's dtype."""
+        return self.linear(x, self._parameters["bias"])
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with a bias [N] of the caller's instead of the layer's own."""
         buffers = self._buffers
         weight = [buffers[name] for name in TENSORS[self.format]]
         if (order := buffers[ORDER]) is not None:
             x = x.index_select(-1, order)
-        return OPS[self._op].op(x, *weight, self._parameters["bias"], self.group_size, *self._extra)
+        return OPS[self._op].op(x, *weight, bias, self.group_size, *self._extra)
 
     @property
     def op(self) -> str:

@@ -113,6 +113,22 @@ def quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def names_quantization(folder: Path) -> bool:
+    """Whether a model folder of others says that its weights are quantized, in config.json or in a file of its own."""
+    config = read_object(folder / "config.json", "load")
+    own = ("quantize_config.json", "quant_config.json")
+    known = config.get("quantization_config") or config.get("compression_config")
+    return bool(known) or any((folder / name).is_file() for name in own)
+
+
+def is_read(folder: Path) -> bool:
+    """Whether the weights of a model folder of others are quantized by a method that is read here."""
+    if not names_quantization(folder):
+        return False
+    method = quantization(folder, read_object(folder / "config.json", "load")).get("quant_method")
+    return isinstance(method, str) and method in layers.METHODS
+
+
 def _files(folder: Path) -> Files:
     """The safetensors of a folder, none of which is outside it."""
     own = sorted(folder.glob("*.safetensors"))
