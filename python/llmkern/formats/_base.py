@@ -86,14 +86,19 @@ def check_tensor(
         raise ValueError(f"{name}: {label} must be {list(shape)}, got {list(tensor.shape)}")
 
 
+def are_scales(values: Tensor) -> bool:
+    """Whether all are finite and above 0; a NaN is neither the one nor the other."""
+    return not values.numel() or (float(values.min()) > 0 and float(values.max()) < math.inf)
+
+
 def check_scale_values(name: str, scales: Tensor) -> None:
     """ValueError for a NaN, infinite, zero or negative scale."""
-    bad = ~(torch.isfinite(scales) & (scales > 0))
-    if bad.any():
-        row, group = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: scales must be finite and positive, got {float(scales[row, group])} at row {row}, group {group}"
-        )
+    if are_scales(scales):
+        return
+    row, group = (int(i) for i in (~(torch.isfinite(scales) & (scales > 0))).nonzero()[0])
+    raise ValueError(
+        f"{name}: scales must be finite and positive, got {float(scales[row, group])} at row {row}, group {group}"
+    )
 
 
 def check_finite(name: str, label: str, values: Tensor) -> None:
