@@ -155,8 +155,8 @@ def gpu(result: dict[str, Any]) -> str:
     machine = result["machine"]
     head = (
         f"On one {machine['gpu']['name']}, the time of torch's dense bf16 product over ours, by rows of x, from the "
-        f"worst to the best of {len(shapes)} shapes of Llama 3 (`bench/results/gpu.json` and `gpu.md`, which have every "
-        f"peer and the goals that are not met; torch {machine['torch']}, commit {machine['commit']})"
+        f"worst to the best of {len(shapes)} shapes of Llama 3 (`bench/results/gpu.json` and `gpu.md`, which have all "
+        f"peers and the goals that are not met; torch {machine['torch']}, commit {machine['commit']})"
     )
     return f"{head}:\n\n{table(['op', *(f'M = {m}' for m in GPU_MS)], rows)}"
 
