@@ -5,7 +5,7 @@ import sys
 
 BENCHMARKS = (
     "import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "solver_peers", "solver_scaling",
-    "quality", "ablation", "memory", "demo",
+    "quality", "ablation", "memory", "load", "demo",
 )  # fmt: skip
 
 

@@ -45,7 +45,9 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """Upper U with H^-1 = Uᵀ U, of the damped Hessian."""
-    damped = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    damped = hessian + damp * hessian.diagonal().mean() * torch.eye(
+        len(hessian), dtype=hessian.dtype, device=hessian.device
+    )
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 
 
@@ -63,7 +65,7 @@ def gptq(
     w[:, dead] = 0
     size = group_size or k
     static = [find_params(w[:, at : at + size], bits, symmetric) for at in range(0, k, size)] if static_groups else None
-    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k)
+    order = h.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k, device=w.device)
     w, h = w[:, order], h[order][:, order]
     u = inverse_factor(h, damp)
     q = torch.zeros_like(w)

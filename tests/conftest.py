@@ -16,6 +16,9 @@ import llmkern
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of every random input (default 0)")
+    parser.addoption(
+        "--fuzz", type=int, default=500, help="damaged folders that are loaded (default 500; 20000 takes minutes)"
+    )
     parser.addoption("--device", default="cuda", help="of tests/gpu; cpu is a smoke run (default cuda)")
     parser.addoption("--level", help="run the op tests on this CPU level alone, e.g. avx2")
 

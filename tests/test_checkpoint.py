@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmkern
+from llmkern.checkpoint_folder import header_digest, seal
 from llmkern.experts import Experts
-from llmkern.formats import compressed_tensors as ct
 from llmkern.nn import PackedLinear
 
 SCHEMES = (
-    "rtn-int4-g32", "rtn-int4-g24-asym", "rtn-int8", "rtn-int8-g32-asym", "w8a8", "rtn-int4-g32-a8", "magnitude-2:4",
-    "magnitude-2:4-int4-g32", "magnitude-2:4-int8", "magnitude-0.5", "magnitude-0.5-int8",
+    "rtn-int2-g32", "rtn-int3-g32", "rtn-int3-g24-asym", "rtn-int4-g32", "rtn-int4-g24-asym", "rtn-int8",
+    "rtn-int8-g32-asym", "w8a8", "rtn-int4-g32-a8", "magnitude-2:4", "magnitude-2:4-int3-g32", "magnitude-2:4-int4-g32",
+    "magnitude-2:4-int8", "magnitude-0.5", "magnitude-0.5-int8",
 )  # fmt: skip
 
 
@@ -38,7 +39,8 @@ def assert_same_model(kind, got, wanted):
     for one, two in zip(got.modules(), wanted.modules(), strict=True):
         assert type(one) is type(two)
         if isinstance(one, PackedLinear):
-            assert (one.format, one.group_size, one.activations) == (two.format, two.group_size, two.activations)
+            for key in ("format", "group_size", "activations", "method", "num_bits", "act_order", "conv1d"):
+                assert getattr(one, key) == getattr(two, key), key
     assert torch.equal(tiny.output(kind, got, ids), tiny.output(kind, wanted, ids))
 
 
@@ -50,8 +52,9 @@ def patched(kind, scheme):
 
 @pytest.fixture(autouse=True)
 def _no_reader_warnings():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*other readers cannot")
+    # What transformers reads here, it reads by itself.
+    with warnings.catch_warnings(), llmkern.hf.stock():
+        warnings.filterwarnings("ignore", message=".*(other readers cannot|have zero points)")
         yield
 
 
@@ -165,7 +168,10 @@ def test_stock_transformers_reads_mixtures_without_codes(kind, scheme, tmp_path)
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["rtn-int4-g32", "rtn-int8", "magnitude-2:4-int4-g32", "magnitude-2:4", "w8a8"])
+@pytest.mark.parametrize("scheme", [
+    "rtn-int2-g32", "rtn-int3-g32", "rtn-int3", "rtn-int4-g32", "rtn-int8", "magnitude-2:4-int3-g32",
+    "magnitude-2:4-int4-g32", "magnitude-2:4", "w8a8",
+])  # fmt: skip
 def test_stock_transformers_reads_the_folder(scheme, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
@@ -203,18 +209,13 @@ def test_words_on_disk_are_those_of_the_layer(tmp_path):
     assert f"{name}.weight_zero_point" not in tensors
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(5, 7), (8, 8), (1, 1), (33, 12)])
-def test_zero_points_and_bytes_survive_packing(bits, n, k):
-    low = -(2 ** (bits - 1))
-    zeros = torch.randint(low, -low, (n, k), dtype=torch.int8)
-    words = ct.pack_zeros(zeros, bits)
-    assert words.shape == (-(-n * bits // 32), k)
-    assert torch.equal(ct.unpack_zeros(words, n, bits), zeros)
-    assert torch.equal(ct.unpack_bytes(ct.pack_bytes(zeros), k), zeros)
+def fields_of(words, bits):
+    """Unsigned fields [rows, words * 32 / bits] of rows of words, least significant bit first, across words."""
+    on = (words.long().unsqueeze(-1) >> torch.arange(32) & 1).flatten(1)
+    return (on.view(len(on), -1, bits) << torch.arange(bits)).sum(-1)
 
 
-@pytest.mark.parametrize("scheme", ["rtn-int4-g32", "rtn-int8", "rtn-int8-g32"])
+@pytest.mark.parametrize("scheme", ["rtn-int2-g32", "rtn-int3-g32", "rtn-int4-g32", "rtn-int8", "rtn-int8-g32"])
 def test_gptq_v1_says_the_same_weights(scheme, tmp_path):
     """Dequantized by the format's own definition: w = (u - z - 1) * s[g_idx], u and z least significant first."""
     model = tiny.llama()
@@ -228,9 +229,7 @@ def test_gptq_v1_says_the_same_weights(scheme, tmp_path):
         for key, tensor in tensors.items()
         if key.startswith("model.layers.0.self_attn.q_")
     }
-    shifts = torch.arange(0, 32, bits)
-    u = (own["qweight"].long().unsqueeze(1) >> shifts.view(1, -1, 1) & 2**bits - 1).flatten(0, 1)
-    z = (own["qzeros"].long().unsqueeze(-1) >> shifts & 2**bits - 1).flatten(1)
+    u, z = fields_of(own["qweight"].T, bits).T, fields_of(own["qzeros"], bits)
     index = own["g_idx"].long()
     dense = (u - z[index] - 1).float() * own["scales"][index].float()
     assert torch.equal(dense.T, layer.unpack())
@@ -241,7 +240,7 @@ def test_gptq_refuses_what_it_cannot_hold(tmp_path):
     cases = {
         "rtn-int4-g32-asym": "only symmetric codes",
         "rtn-int4-g24": "multiples of 32",
-        "magnitude-2:4": "holds 4- and 8-bit codes",
+        "magnitude-2:4": "holds dense codes of integers",
         "rtn-int4-g32": "scale_dtype float16",
     }
     for scheme, text in cases.items():
@@ -338,16 +337,23 @@ def test_a_killed_run_leaves_the_folder_complete_or_absent(tmp_path):
     assert seen
 
 
-def damage(path, change, file="llmkern.json"):
-    data = json.loads((path / file).read_text())
-    change(data)
-    (path / file).write_text(json.dumps(data))
+def damage(path, change):
+    meta = json.loads((path / "llmkern.json").read_text())
+    change(meta)
+    (path / "llmkern.json").write_text(json.dumps({**meta, "seal": seal(meta)}))
 
 
-def damage_tensors(path, change):
-    tensors = load_file(path / "model.safetensors")
+def reseal(path):
+    """As a forger would: checksums that fit what is there."""
+    headers = {file.name: header_digest(file) for file in path.glob("*.safetensors")}
+    damage(path, lambda meta: meta.update(headers=headers))
+
+
+def damage_tensors(path, change, name="model.safetensors"):
+    tensors = load_file(path / name)
     change(tensors)
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, path / name)
+    reseal(path)
 
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -369,16 +375,33 @@ def cut(tensors):
     tensors[f"{NAME}.weight_packed"] = tensors[f"{NAME}.weight_packed"][:, :3].clone()
 
 
+def rewrite(path, name):
+    """A change that nothing else would notice."""
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data.replace(b'"0.1.0"', b'"0.1.1"').replace(b'"format":"pt"', b'"format":"tf"'))
+
+
+def begin(path, text):
+    """Put text at the beginning of llmkern.json's object."""
+    data = (path / "llmkern.json").read_text()
+    (path / "llmkern.json").write_text(data.replace("{", "{" + text, 1))
+
+
 def truncate(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
 
 
 DAMAGE = {
-    "no meta": (lambda path: (path / "llmkern.json").unlink(), "holds no llmkern.json"),
+    "nothing": (lambda path: [(path / name).unlink() for name in ("llmkern.json", "config.json")], "no llmkern.json"),
     "broken meta": (lambda path: (path / "llmkern.json").write_text("{"), "llmkern.json cannot be read"),
+    "twice": (lambda path: begin(path, '"format": "dense",'), "the key 'format' is there twice"),
+    "deep": (lambda path: begin(path, '"a": ' + "[" * 100_000 + "]" * 100_000 + ","), "nested too deeply"),
+    "not text": (lambda path: (path / "llmkern.json").write_bytes(b"\xff{}"), "llmkern.json cannot be read"),
     "list meta": (lambda path: (path / "llmkern.json").write_text("[]"), "must hold an object"),
     "newer": (edit(lambda meta: meta.update(format_version=99)), "format_version 99"),
+    "edited": (lambda path: rewrite(path, "llmkern.json"), "llmkern.json was changed since it was saved"),
+    "edited header": (lambda path: rewrite(path, "model.safetensors"), "the header of model.safetensors was changed"),
     "format": (edit(lambda meta: meta.update(format="zip")), "has format 'zip'"),
     "no layers": (edit(lambda meta: meta.pop("layers")), "needs layers as a dict"),
     "class": (edit(lambda meta: meta.update(model_class="os")), "which transformers does not have"),
@@ -392,19 +415,23 @@ DAMAGE = {
     "group 0": (edit_layer(group_size=0), "group_size must be"),
     "stranger": (edit(lambda meta: meta["layers"].update({"a.b": meta["layers"][NAME]})), "does not have"),
     "norm": (edit(lambda meta: meta["layers"].update({"model.norm": meta["layers"][NAME]})), "wanted a linear layer"),
+    "bits": (edit_layer(num_bits=5), "bad entry for layer"),
+    "fewer bits": (edit_layer(num_bits=3), "weight_packed of 3 bits: wanted int32"),
+    "order": (edit_layer(act_order="group"), "bad entry for layer"),
+    "method": (edit_layer(method=None), "bad entry for layer"),
     "no words": (edit_tensors(lambda tensors: tensors.pop(f"{NAME}.weight_packed")), "missing tensor 'weight_packed'"),
     "no scale": (edit_tensors(lambda tensors: tensors.pop(f"{NAME}.weight_scale")), "missing tensor 'scales'"),
     "nan": (edit_tensors(lambda tensors: tensors[f"{NAME}.weight_scale"].fill_(float("nan"))), "must be finite"),
     "short words": (edit_tensors(cut), "words must be"),
     "shape tensor": (edit_tensors(lambda tensors: tensors[f"{NAME}.weight_shape"].add_(1)), "weight_shape is"),
-    "no norm": (edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), "lacks 1 tensors: model.norm.weight"),
-    "unknown": (edit_tensors(lambda tensors: tensors.update(x=torch.ones(1))), "holds 1 unknown tensors: x"),
+    "no norm": (edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), "lack 1 tensors: model.norm.weight"),
+    "unknown": (edit_tensors(lambda tensors: tensors.update(x=torch.ones(1))), "hold 1 unknown tensors: x"),
     "norm shape": (
         edit_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)})),
         "model.norm.weight must be",
     ),
     "truncated": (truncate, "cannot be read"),
-    "no tensors": (lambda path: (path / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+    "no tensors": (lambda path: (path / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
 }
 
 
@@ -421,9 +448,7 @@ def test_a_damaged_folder_is_refused(case, tmp_path):
 def test_positions_out_of_order_are_refused(tmp_path):
     model = patched("llama", "magnitude-2:4-int4-g32")
     llmkern.save(model, tmp_path / "m")
-    extra = load_file(tmp_path / "m" / "llmkern.safetensors")
-    next(iter(extra.values())).fill_(0xFF)
-    save_file(extra, tmp_path / "m" / "llmkern.safetensors")
+    damage_tensors(tmp_path / "m", lambda extra: next(iter(extra.values())).fill_(0xFF), "llmkern.safetensors")
     with pytest.raises(ValueError, match="positions must be distinct and ascending"):
         llmkern.load(tmp_path / "m")
 
@@ -450,7 +475,7 @@ def test_stock_transformers_refuses_what_it_would_read_as_noise(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
-@pytest.mark.parametrize("scheme", ["rtn-int8", "w8a8", "magnitude-2:4"])
+@pytest.mark.parametrize("scheme", ["rtn-int8-asym", "w8a8", "magnitude-2:4"])
 def test_stock_transformers_refuses_experts_with_codes(scheme, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
@@ -466,8 +491,8 @@ def test_stock_transformers_refuses_experts_with_codes(scheme, tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
-def test_experts_have_no_place_in_gptq_checkpoints(tmp_path):
-    model = tiny.mixtral(intermediate_size=64)
+def test_experts_of_no_known_names_have_no_place_in_gptq_checkpoints(tmp_path):
+    model = tiny.gpt_oss(intermediate_size=64)
     llmkern.patch(model, llmkern.Recipe.parse("rtn-int4-g32", scale_dtype="float16"))
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts: gptq: no reader knows"):
         llmkern.save(model, tmp_path / "m", "gptq")
@@ -480,6 +505,7 @@ def test_a_stack_of_experts_of_the_wrong_size_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.down_proj"
     for bad, text in ((tensors[name][:3], "must hold 4 experts"), (tensors[name][..., :8], "experts.0.down_proj")):
         save_file({**tensors, name: bad.contiguous()}, tmp_path / "m" / "model.safetensors")
+        reseal(tmp_path / "m")
         with pytest.raises(ValueError, match=text):
             llmkern.load(tmp_path / "m")
 

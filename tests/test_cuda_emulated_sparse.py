@@ -17,7 +17,7 @@ from test_ops import expected, make_bias
 from torch import Tensor
 
 from llmkern import testing
-from llmkern.ops import _cuda_sparse
+from llmkern.ops import _cuda_ring, _cuda_sparse
 from llmkern.ops._cuda import Gpu, Plan
 
 OPS = ("sparse24_linear", "sparse24_int4_linear", "bitmask_linear")
@@ -64,6 +64,24 @@ def stage_cases() -> list[LinearCase]:
         ]
     ]
     return floats + scaled
+
+
+RING_CASES = [
+    *(
+        LinearCase("sparse24_linear", n, k, value_dtype=dtype)
+        for n, k in ((16, 128), (48, 640), (160, 2048))
+        for dtype in (BF16, F16)
+    ),
+    *(
+        LinearCase("sparse24_int4_linear", n, k, group_size=group, value_dtype=I8, scale_dtype=scale)
+        for n, k, group, scale in (
+            (32, 128, None, BF16),
+            (64, 640, 128, F32),
+            (96, 768, 256, F16),
+            (160, 2048, 128, BF16),
+        )
+    ),
+]
 
 
 def mask_cases() -> list[LinearCase]:
@@ -128,6 +146,27 @@ def test_values(
         check(y, case, x, bias, f"{case}, M={m}")
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("case", RING_CASES, ids=lambda case: f"{case.op}-{case}")
+@pytest.mark.usefixtures("poisoned")
+def test_ring_values(
+    emulated: ModuleType, case: LinearCase, dtype: torch.dtype, generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Groups of warps with tiles of their own, and clusters that divide K."""
+    if case.value_dtype in (BF16, F16) and case.value_dtype != dtype:
+        pytest.skip("values are in x's type")
+    for at, m in enumerate((1, 3, 8, 9, 17)):
+        x = torch.randn((m, case.k), generator=generator).to(dtype)
+        bias = make_bias(case, generator, (F32, BF16, F16)[at % 3]) if at % 2 else None
+        splits = [(1, split) for split in (2, 4) if 128 * split <= case.k]
+        for groups, split in ((1, 1), (4, 1), *splits)[at % 2 :: 2]:
+            plan = Plan(groups, 2 if m > 8 else 1, split)
+            monkeypatch.setattr(_cuda_ring, "plan", lambda *_, plan=plan: plan)
+            y = run(emulated, "ring", case, x, bias)
+            testing.assert_within(y, *expected(case, x, bias), f"{case}, M={m}, {plan}")
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_plans_of_every_instance(
     emulated: ModuleType, op: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +183,17 @@ def test_plans_of_every_instance(
                 monkeypatch.setattr(_cuda_sparse, name, lambda *_, plan=plan, **__: plan)
             x = torch.randn((11, case.k), generator=generator).bfloat16()
             check(run(emulated, kernel, case, x, None), case, x, None, f"{kernel}, {plan}")
+
+
+@pytest.mark.parametrize("plan", [Plan(16, 8, 1), Plan(16, 16, 1)])
+@pytest.mark.parametrize("op", OPS[:2])
+def test_more_stages_than_wait_at_a_time(
+    emulated: ModuleType, op: str, plan: Plan, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LinearCase(op, 37, 1536, value_dtype=I8 if op == "sparse24_int4_linear" else BF16)
+    monkeypatch.setattr(_cuda_sparse, "kept_plan", lambda *_, **__: plan)
+    x = torch.randn((11, case.k), generator=generator).bfloat16()
+    check(run(emulated, "wgmma", case, x, None), case, x, None, f"{plan}")
 
 
 @pytest.mark.parametrize("kernel", ["stream", "mma", "wgmma"])
@@ -199,7 +249,9 @@ def test_refusals() -> None:
 
 def test_choice() -> None:
     for gpu, ms, wgmma, kernel in [
-        (GPU, range(1, 17), True, "stream"),
+        (GPU, range(1, 17), True, "ring"),
+        (GPU, range(1, 17), False, "stream"),
+        (OLD_GPU, range(1, 17), True, "stream"),
         (GPU, (17, 65, 4096), True, "wgmma"),
         (GPU, (17, 65, 4096), False, "mma"),
         (OLD_GPU, (17, 65, 4096), True, "mma"),
@@ -208,8 +260,9 @@ def test_choice() -> None:
         for m in ms:
             assert _cuda_sparse.best(gpu, m, wgmma=wgmma) == kernel
             x = torch.zeros((m, 8))
-            for row in ("wgmma", "mma", "stream"):
-                earlier = ("wgmma", "mma", "stream").index(row) < ("wgmma", "mma", "stream").index(kernel)
+            order = ("wgmma", "mma", "ring", "stream")
+            for row in order:
+                earlier = order.index(row) < order.index(kernel)
                 assert (_cuda_sparse.yields(row, gpu, x, wgmma=wgmma) is not None) == earlier
 
 

@@ -284,7 +284,8 @@ def test_rows_yield_only_to_later_ones() -> None:
         order = [kernel for kernel in rows if _cuda.yields(kernel, GPU, m, 4096, 4096) is None]
         assert order[0] == _cuda.best(GPU, m, 4096, 4096)
         assert order[-1] == "stream"
-    assert _cuda.yields("wgmma", GPU, 12, 4096, 4096) == "leaves 12 rows of x to cuda.stream"
+    assert _cuda.yields("wgmma", GPU, 12, 4096, 4096) == "leaves 12 rows of x to cuda.ring"
+    assert _cuda.yields("mma", OLD_GPU, 12, 4096, 4096) == "leaves 12 rows of x to cuda.stream"
 
 
 @by_op
@@ -292,7 +293,7 @@ def test_the_table_asks_which_row_suits_best(op: str, monkeypatch: pytest.Monkey
     """The rows of an op on a GPU that is not there: the first one that neither refuses nor yields."""
     module = importlib.import_module(f"llmkern.ops.{op}")
     case = LinearCase(op, 64, 64)
-    for m, kernel in ((16, "stream"), (17, "wgmma"), (33, "wgmma")):
+    for m, kernel in ((16, "ring"), (17, "wgmma"), (33, "wgmma")):
         args: tuple[Any, ...] = case.args(torch.zeros((m, 64), dtype=BF16), None)
         first = next(row for row in _cuda.ORDER if module.cuda_yields(row, GPU, *args) is None)
         assert first == kernel

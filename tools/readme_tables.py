@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 GPU_ROWS = (
+    "cuda.ring",
     "cuda.stream",
     "cuda.mma",
     "cuda.wgmma",
@@ -126,7 +127,41 @@ def demo(result: dict[str, Any]) -> str:
     return f"`make demo` (`bench/results/demo.json`; {where(result)}):\n\n{table(header, rows)}"
 
 
-SECTIONS = (("quality", quality), ("demo", demo))
+GPU_OPS = (
+    ("int4_linear", "kept", "int4, groups of 128"),
+    ("int8_linear", "kept", "int8"),
+    ("int8_dynamic_linear", "per row", "int8, x quantized to int8"),
+    ("sparse24_linear", "kept", "2:4, bf16"),
+    ("sparse24_int4_linear", "kept", "2:4 int4, groups of 128"),
+)
+GPU_MS = (1, 16, 64, 128, 1024, 4096)
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Dense torch's time over ours, the least and the most over shapes, and the best peer of the same precision."""
+    timed = [row for row in result["rows"] if row["median_us"] and not row["forced"]]
+    shapes = sorted({(row["n"], row["k"]) for row in timed if row["m"] in GPU_MS})
+    rows = []
+    for op, activations, words in GPU_OPS:
+        line = [f"`{op}` ({words})"]
+        for m in GPU_MS:
+            ours = [
+                1 / row["ratio_to_dense"]
+                for row in timed
+                if (row["op"], row["activations"], row["m"]) == (op, activations, m) and row["kernel"]
+            ]
+            line.append(f"{min(ours):.2f} to {max(ours):.2f}" if ours else "")
+        rows.append(line)
+    machine = result["machine"]
+    head = (
+        f"On one {machine['gpu']['name']}, the time of torch's dense bf16 product over ours, by rows of x, from the "
+        f"worst to the best of {len(shapes)} shapes of Llama 3 (`bench/results/gpu.json` and `gpu.md`, which have all "
+        f"peers and the goals that are not met; torch {machine['torch']}, commit {machine['commit']})"
+    )
+    return f"{head}:\n\n{table(['op', *(f'M = {m}' for m in GPU_MS)], rows)}"
+
+
+SECTIONS = (("quality", quality), ("demo", demo), ("gpu", gpu))
 
 
 def rendered(text: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from llmkern import formats, ops
+from llmkern import formats, hf, ops
 from llmkern._registry import force, kernels, refuse_unknown_disabled
 from llmkern._version import __version__
 from llmkern._why import why
 from llmkern.ops._tuning import autotune
 
 if TYPE_CHECKING:
-    from llmkern import solvers
+    from llmkern import checkpoints, solvers
     from llmkern.checkpoint import load, save
     from llmkern.patching import patch, unpatch
     from llmkern.pipeline import compress
@@ -26,9 +26,11 @@ __all__ = [
     "Report",
     "__version__",
     "autotune",
+    "checkpoints",
     "compress",
     "force",
     "formats",
+    "hf",
     "kernels",
     "load",
     "ops",
@@ -58,8 +60,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "solvers":
-        return importlib.import_module("llmkern.solvers")
+    if name in ("checkpoints", "solvers"):
+        return importlib.import_module(f"llmkern.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'llmkern' has no attribute {name!r}")
     return getattr(importlib.import_module(f"llmkern.{_LAZY[name]}"), name)

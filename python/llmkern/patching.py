@@ -144,7 +144,10 @@ def solve_and_keep(
     notes, problems = facts_and_problems(solution)
     if solution.packed is None:
         raise ValueError(f"{caller}: layer {name}: no packed format holds the result of {recipe}")
-    packed = PackedLinear.from_linear(layer, solution.packed, activations=recipe.activations, method=str(recipe))
+    packed = PackedLinear.from_linear(
+        layer, solution.packed, activations=recipe.activations, method=str(recipe), num_bits=recipe.bits,
+        act_order="static" if recipe.orders_columns else None,
+    )  # fmt: skip
     row = Row(
         name=name,
         shape=(packed.out_features, packed.in_features),
@@ -219,22 +222,22 @@ def _why_not(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return f"{kind} is a subclass of nn.Linear with a forward of its own"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd) or not _matrices(module):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd) or not matrices(module):
         return ""
-    if any(matrix.ndim == 3 for matrix in _matrices(module)):
+    if any(matrix.ndim == 3 for matrix in matrices(module)):
         built = experts.build(module)
         return built if isinstance(built, str) else "experts that are the model itself; put them into a module"
     return f"{kind} multiplies with its weight in a forward of its own (as routers do)"
 
 
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
+def matrices(module: nn.Module) -> list[nn.Parameter]:
     """The module's own parameters that look like matrices to multiply with, or stacks of them."""
     own = module.named_parameters(recurse=False)
     return [p for name, p in own if p.ndim in (2, 3) and min(p.shape) > 1 and not re.search(NO_MATRIX, name)]
 
 
 def _matrix_bytes(module: nn.Module) -> int:
-    return sum(matrix.nbytes for matrix in _matrices(module))
+    return sum(matrix.nbytes for matrix in matrices(module))
 
 
 def _head(model: nn.Module, layers: dict[str, nn.Module]) -> str | None:

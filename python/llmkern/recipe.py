@@ -221,6 +221,12 @@ class Recipe:
             return self.objective == "model"
         return self.act_order != "dynamic" and self.refit
 
+    @property
+    def orders_columns(self) -> bool:
+        """Whether the solver takes the columns in the order of their activations, groups found beforehand."""
+        gptq = self.method == "gptq" or (self.method == "wanda" and self.bits is not None)
+        return gptq and self.act_order == "static"
+
     def assign(
         self, names: Iterable[str], head: str | None = None, aliases: Mapping[str, Iterable[str]] = MappingProxyType({})
     ) -> tuple[dict[str, Recipe], dict[str, str]]:

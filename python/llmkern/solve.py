@@ -93,7 +93,7 @@ def _round(
         solution.weight, None, bits=_bits(recipe), group_size=group_size, symmetric=True, clip=None,
         scale_dtype=scale_dtype,
     )  # fmt: skip
-    packed, notes = pack_quantized(solution.weight, grid, solution.mask)
+    packed, notes = pack_quantized(grid.nearest(solution.weight), grid, solution.mask)
     rounded = packed.unpack()
     loss, more = loss_without_factor(weight.float(), rounded, hessian)
     return replace(solution, weight=rounded, packed=packed, loss=loss, notes=(*notes, *more))

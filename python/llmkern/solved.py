@@ -17,6 +17,7 @@ from llmkern.nn import FORMATS, PackedLinear, dense_weight
 from llmkern.report import Row
 
 KEY = "llmkern"
+RECORD = ("method", "num_bits", "act_order")  # of a packed layer: how it was made
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ def encode(solved: Mapping[str, Solved]) -> bytes:
         tensors |= {f"{number}.{key}": tensor.detach().cpu() for key, tensor in packed.tensors().items()}
         about: dict[str, Any] = {"name": name, "class": layer.packed.format, "shape": list(packed.shape)}
         about |= {"group_size": packed.group_size, "activations": layer.packed.activations}
-        layers.append({**about, "method": layer.packed.method, "row": asdict(layer.row)})
+        about |= {key: getattr(layer.packed, key) for key in RECORD}
+        layers.append({**about, "row": asdict(layer.row)})
     return save(tensors, metadata={KEY: json.dumps(layers)})
 
 
@@ -69,7 +71,8 @@ def _layer(number: str, about: dict[str, Any], tensors: dict[str, Tensor], dense
     own = {key.partition(".")[2]: value.to(device) for key, value in tensors.items() if key.split(".")[0] == number}
     shape = tuple(about["shape"])
     weight = FORMATS[about["class"]].from_tensors(own, shape=shape, group_size=about["group_size"])
-    packed = PackedLinear.from_linear(layer, weight, activations=about["activations"], method=about["method"])
+    record = {key: about[key] for key in RECORD}
+    packed = PackedLinear.from_linear(layer, weight, activations=about["activations"], **record)
     row = about["row"]
     row |= {key: tuple(row[key]) for key in ("shape", "notes", "problems")}
     return Solved(packed, Row(**row))

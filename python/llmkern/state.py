@@ -28,7 +28,7 @@ from llmkern.report import machine
 from llmkern.solved import Solved, encode
 
 MANIFEST, LOCK = "state.json", "lock"
-STATE_VERSION = 1
+STATE_VERSION = 2
 OURS = re.compile(r"(state\.json|lock|\d{4,}\.safetensors)(\.tmp)?")
 
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llmkern._json import read_object, without_twins
 from llmkern._memory import fill
 from llmkern.weight_writer import NAMES
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that older checkpoints hold and newer models compute.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
@@ -46,31 +47,35 @@ class Lazy:
     Read, not mapped: a mapping's pages would count as this process's memory.
     """
 
-    def __init__(self, key: str, stored: Stored) -> None:
-        self.key, self.stored = key, stored
+    def __init__(self, key: str, stored: Stored, caller: str = "stream") -> None:
+        self.key, self.stored, self.caller = key, stored, caller
 
     def __getitem__(self, at: Any) -> Tensor:
         tensor = torch.empty(self.stored.shape, dtype=DTYPES[self.stored.dtype])
         with self.stored.path.open("rb", buffering=0) as file:
             file.seek(self.stored.offset)
             if not fill(tensor, file):
-                raise ValueError(f"stream: {self.stored.path}: the file ends inside tensor {self.key!r}")
+                raise ValueError(f"{self.caller}: {self.stored.path}: the file ends inside tensor {self.key!r:.100}")
         return tensor[at]
 
 
 class Files:
     """The safetensors of a folder: `tensors` by name. Headers only; nothing in a file is believed unchecked.
 
-    Raises FileNotFoundError when there are none, ValueError for a broken file or index, or a tensor that is in two.
+    Raises FileNotFoundError when there are none, ValueError for a broken file or index, or a tensor that is in two;
+    errors begin with `caller`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, caller: str = "stream", paths: list[Path] | None = None) -> None:
+        """paths: the files, where they are others than those that transformers would read."""
+        self.folder, self.caller = folder, caller
         self.tensors: dict[str, Stored] = {}
-        for path in _paths(folder):
-            for key, stored in _headers(path):
+        for path in paths or weight_paths(folder, caller):
+            for key, stored in headers(path, caller):
                 if key in self.tensors:
-                    raise ValueError(f"stream: {path}: tensor {key!r} is in {self.tensors[key].path.name} as well")
+                    raise ValueError(
+                        f"{caller}: {path}: tensor {key!r:.100} is in {self.tensors[key].path.name} as well"
+                    )
                 self.tensors[key] = stored
 
     def dtype(self, config: Any) -> torch.dtype:
@@ -87,21 +92,29 @@ class Files:
             stored, tensor = self.tensors[key], wanted[target.name]
             if stored.dtype not in (FLOATS if tensor.is_floating_point() else DTYPES):
                 known = ", ".join(FLOATS if tensor.is_floating_point() else DTYPES)
-                raise ValueError(f"stream: {stored.path}: tensor {key!r} must be one of {known}, got {stored.dtype}")
+                raise ValueError(
+                    f"{self.caller}: {stored.path}: tensor {key!r:.100} must be one of {known}, got {stored.dtype}"
+                )
             if not target.converted and stored.shape != tuple(tensor.shape):
                 raise ValueError(
-                    f"stream: {stored.path}: tensor {key!r} must be {list(tensor.shape)} for {target.name}, "
-                    f"got {list(stored.shape)}"
+                    f"{self.caller}: {stored.path}: tensor {key!r:.100} must be {list(tensor.shape)} for "
+                    f"{target.name}, got {list(stored.shape)}"
                 )
 
     def warn_unknown(self, model: nn.Module, unknown: list[str]) -> None:
         """Say which tensors of the files the model does not have, but for those that it knows to leave out."""
-        known = [*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        if left := [key for key in unknown if not any(re.search(pattern, key) for pattern in known)]:
+        if left := without_place(model, unknown):
             kind = type(model).__name__
             warnings.warn(
-                f"stream: {kind} has no place for {len(left)} tensors of {self.folder}, as {left[0]}", stacklevel=4
+                f"{self.caller}: {kind} has no place for {len(left)} tensors of {self.folder}, as {left[0]}",
+                stacklevel=4,
             )
+
+
+def without_place(model: nn.Module, unknown: list[str]) -> list[str]:
+    """Of tensors that the model does not have, those that it does not know to leave out either."""
+    known = [*COMPUTED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    return [key for key in unknown if not any(re.search(pattern, key) for pattern in known)]
 
 
 class Reader:
@@ -116,8 +129,8 @@ class Reader:
             import transformers
 
             raise ImportError(
-                f"stream: transformers {transformers.__version__} loads weights in a way this llmkern does not know "
-                f"({error}); load the whole model instead"
+                f"{files.caller}: transformers {transformers.__version__} loads weights in a way this llmkern does not "
+                f"know ({error}); load the whole model instead"
             ) from None
         mapping = get_model_conversion_mapping(model)
         self.files = files
@@ -129,33 +142,45 @@ class Reader:
 
     def targets(self, model: Any) -> tuple[dict[str, Target], list[str]]:
         """What each tensor of the files becomes, and the tensors that become nothing."""
-        from transformers.core_model_loading import rename_source_key
-
-        wanted, prefix = model.state_dict(), model.base_model_prefix
+        wanted = model.state_dict()
         targets, unknown = {}, []
         for key in self.files.tensors:
-            name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, wanted)
-            if name not in wanted and key in wanted:
-                name, pattern = key, None
+            name, pattern = self.rename(model, key, wanted)
             if name in wanted:
                 targets[key] = Target(name, pattern is not None)
             else:
                 unknown.append(key)
         return targets, unknown
 
+    def rename(self, model: Any, key: str, wanted: Mapping[str, Tensor]) -> tuple[str, str | None]:
+        """A tensor's name in the model whose state dict is `wanted`, and the pattern of the converter that makes it
+        (None: it is taken as it is).
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(
+            key,
+            self.renamings,
+            self.converters,
+            model.base_model_prefix,
+            wanted,  # type: ignore[arg-type]
+        )
+        return (key, None) if name not in wanted and key in wanted else (name, pattern)
+
     def load(self, model: Any, keys: list[str]) -> None:
         """Read these tensors into their parameters. ValueError when one does not fit or cannot be converted."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        lazy = {key: Lazy(key, self.files.tensors[key]) for key in keys}
+        caller = self.files.caller
+        lazy = {key: Lazy(key, self.files.tensors[key], caller) for key in keys}
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(model, lazy, self.config)
         if info.mismatched_keys:
             name, got, wanted = sorted(info.mismatched_keys)[0]
-            raise ValueError(f"stream: {self.files.folder}: {name} must be {list(wanted)}, got {list(got)}")
+            raise ValueError(f"{caller}: {self.files.folder}: {name} must be {list(wanted)}, got {list(got)}")
         if info.conversion_errors:
             name, error = next(iter(info.conversion_errors.items()))
-            raise ValueError(f"stream: {self.files.folder}: {name}: {' '.join(str(error).split())}")
+            raise ValueError(f"{caller}: {self.files.folder}: {name}: {' '.join(str(error).split())}")
 
 
 def read_config(folder: Path) -> Any:
@@ -197,48 +222,58 @@ def parameters_on_meta() -> Iterator[None]:
 
     `torch.device("meta")` would also swallow the buffers that no file holds (rotary frequencies).
     """
-    register = nn.Module.register_parameter
+    register, reset = nn.Module.register_parameter, nn.Linear.reset_parameters
 
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        if parameter is not None:
+            # Nothing to initialise, which would be most of the time here.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         register(self, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    nn.Linear.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Linear.reset_parameters = reset  # type: ignore[method-assign]
 
 
-def _paths(folder: Path) -> list[Path]:
-    """The files that transformers would read: the one file, else those of the index."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+def weight_paths(folder: Path, caller: str) -> list[Path]:
+    """The files that transformers would read: the one file, else those of the index.
+
+    Raises FileNotFoundError for one that is not there, ValueError for a broken index or one that leaves the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"stream: {folder} holds neither model.safetensors nor {INDEX}")
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"stream: {folder / INDEX}: wanted JSON with a weight_map of file names") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"stream: {folder / INDEX}: a file name with a folder in it: {name!r}")
+        raise FileNotFoundError(f"{caller}: {folder} holds neither {WEIGHTS} nor {INDEX}")
+    names = read_object(folder / INDEX, caller).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{caller}: {folder / INDEX}: wanted JSON with a weight_map of file names")
+    for name in (found := sorted(set(names.values()))):
+        if Path(name).name != name:
+            raise ValueError(f"{caller}: {folder / INDEX}: a file name with a folder in it: {name!r:.100}")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{caller}: {folder / INDEX}: wanted a .safetensors file, got {name!r:.100}")
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"stream: {folder / INDEX} names {name}, which is not there")
-    return [folder / name for name in names]
+            raise FileNotFoundError(f"{caller}: {folder / INDEX} names {name}, which is not there")
+    return [folder / name for name in found]
 
 
-def _headers(path: Path) -> Iterator[tuple[str, Stored]]:
+def headers(path: Path, caller: str) -> Iterator[tuple[str, Stored]]:
+    """Each tensor of a safetensors file. ValueError for a file that is none, or has a name twice."""
     from safetensors import SafetensorError, safe_open
 
     try:
         # Opening checks the whole header: that offsets fit the file, the shapes, and one another.
         with safe_open(path, framework="pt"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"stream: {path} cannot be read: {str(error).splitlines()[0]}") from None
+            header = json.loads(file.read(length), object_pairs_hook=without_twins)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{caller}: {path} cannot be read: {str(error).splitlines()[0]}") from None
     header.pop("__metadata__", None)
     for key, entry in header.items():
         start, end = entry["data_offsets"]

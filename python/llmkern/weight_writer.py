@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,14 @@ class Later(NamedTuple):
     make: Callable[[], Tensor]
 
 
-def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> None:
+class Sums(NamedTuple):
+    """SHA-256 in hexadecimal: of a file, and of its beginning up to the end of the header."""
+
+    whole: str
+    header: str
+
+
+def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[str, str]) -> Sums:
     """Write the file: tensors of wide types first, so that each is aligned, then by name.
 
     Raises TypeError for a dtype that the format does not have, ValueError for a tensor without values (meta) or one
@@ -46,10 +54,16 @@ def write(path: Path, tensors: Mapping[str, Tensor | Later], metadata: Mapping[s
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    of_header = digest.hexdigest()
     with path.open("wb", buffering=0) as file:
-        _write(file.write, len(text).to_bytes(8, "little") + text)
+        _write(file.write, head)
         for name in order:
-            _write(file.write, _bytes(name, tensors[name]))
+            data = _bytes(name, tensors[name])
+            digest.update(data)
+            _write(file.write, data)
+    return Sums(digest.hexdigest(), of_header)
 
 
 def _bytes(name: str, tensor: Tensor | Later) -> memoryview:

@@ -31,7 +31,7 @@ SHARE = 0.5  # of the available memory: calibration and the solvers want the res
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or smollm2")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, a hub id, or smollm2")
     parser.add_argument("--recipe", required=True, metavar="R", help="a short form such as gptq-int4-g128, or a file")
     parser.add_argument("--out", metavar="DIR", type=Path, help="a new folder, or one of ours")
     parser.add_argument(

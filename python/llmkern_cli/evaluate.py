@@ -13,7 +13,7 @@ HELP = "Perplexity, speed and bytes of a model."
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or smollm2")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, a hub id, or smollm2")
     parser.add_argument("--text", default="builtin", metavar="builtin|FILE", help="its last quarter is evaluated")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
     parser.add_argument("--windows", type=at_least(1), default=16, metavar="N", help="at most so many (%(default)s)")

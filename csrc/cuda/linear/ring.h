@@ -1,7 +1,7 @@
 // Few rows of x: warps that stay, and weights that never stop coming.
 //
 //   a block     keeps its part of x in shared memory; its warps are divided into groups
-//   a group     takes tiles of 2 x 16 rows of w in turn; its warps divide K (the block's part of it)
+//   a group     takes tiles of w, of 16 or 32 rows, in turn; its warps divide K (the block's part of it)
 //   a warp      multiplies units of a tile by a chunk of K. DEPTH of them are on their way into slots of its own, from
 //               the next tile too, by the copy engine: no warp waits for another
 //   a tile's end   the sums of a group's warps meet in shared memory and are added in a fixed order
@@ -44,7 +44,6 @@ struct RingArgs {
     Output out;
 };
 
-constexpr int RING_TILES = 2;  // of 16 rows, at a time
 constexpr int RING_WARPS = 16;
 // More rows of x leave room for fewer slots.
 template <int TOKEN_TILES>
@@ -53,31 +52,37 @@ constexpr int RING_DEPTH = TOKEN_TILES == 1 ? 3 : 2;
 // Where scales go: to a row's sums at the end, to the sums of a chunk (in fp32), or to the weights (in T).
 enum class RingScales { ROWS, SUMS, WEIGHTS };
 
-// Weights: CHUNK columns of 16 rows, SLOT_BYTES of a slot, and how they come and are multiplied (ring_codes.h).
+// Weights: TILES times 16 rows of a tile, CHUNK columns of a unit, SLOT_BYTES and SIDE_BYTES of a slot, and how a unit
+// comes and is multiplied (ring_codes.h, sparse/ring_kept.h). The parts of a slot lie apart, since the first ones, of
+// the copy engine, have to be at multiples of 1024 bytes, the others at multiples of 128.
 template <class Weights, class T, int TOKEN_TILES>
 struct Ring {
     static constexpr int WARPS = RING_WARPS, DEPTH = RING_DEPTH<TOKEN_TILES>, THREADS = WARPS * 32;
-    static constexpr int VALUES = RING_TILES * 128, ALL_VALUES = TOKEN_TILES * VALUES;  // sums of a tile by 8 tokens
-    using Sums = float[RING_TILES][TOKEN_TILES][4];
+    static constexpr int ALL_VALUES = Weights::TILES * TOKEN_TILES * 128;  // sums of a tile
+    // Of those that meet at a time: with more rows of x there is less room.
+    static constexpr int MEET = TOKEN_TILES == 1 ? Weights::TILES : 1, VALUES = MEET * 128;
+    using Sums = float[Weights::TILES][TOKEN_TILES][4];
 
     const RingArgs& args;
     const int warp = thread() / 32, lane = thread() % 32;
     const int group_warps, group, in_group;
     const int64_t first_token;
     const int split, splits;
-    const int first_tile, tile_step, tiles;  // of 32 rows of w
-    const int block_chunk, block_chunks;     // of K, of this block
-    const int first_chunk, chunks;           // of this warp, from the block's first on
-    uint8_t* const slots;                    // of this warp
-    uint8_t* const small;                    // scales and zeros of this warp
-    float* const sums;                       // of this warp's group
-    float* const kept;                       // in a cluster: sums of every tile
+    const int first_tile, tile_step, tiles;
+    const int block_chunk, block_chunks;  // of K, of this block
+    const int first_chunk, chunks;        // of this warp, from the block's first on
+    uint8_t* const slots;                 // of this warp
+    uint8_t* const sides;
+    uint8_t* const small;  // scales and zeros of this warp
+    float* const sums;     // of this warp's group
+    float* const kept;     // in a cluster: sums of every tile
     uint8_t* const x;
     Barrier* const x_there;
     Barrier* const there;  // of this warp, by slot
     const Weights weights;
 
-    LLMKERN_DEVICE Ring(const RingArgs& args, const TensorMap& codes, int block, int split, int64_t first_token)
+    LLMKERN_DEVICE Ring(const RingArgs& args, const TensorMap& first, const TensorMap& second, int block, int split,
+                        int64_t first_token)
         : args(args),
           group_warps(1 << args.group_shift),
           group(warp >> args.group_shift),
@@ -87,12 +92,13 @@ struct Ring {
           splits(1 << args.split_shift),
           first_tile(group * args.blocks + block),  // all blocks have some before any has more
           tile_step((WARPS >> args.group_shift) * args.blocks),
-          tiles(int((args.out.n + 16 * RING_TILES - 1) / (16 * RING_TILES))),
+          tiles(int((args.out.n + 16 * Weights::TILES - 1) / (16 * Weights::TILES))),
           block_chunk(args.chunks * split >> args.split_shift),
           block_chunks((args.chunks * (split + 1) >> args.split_shift) - block_chunk),
           first_chunk(block_chunks * in_group >> args.group_shift),
           chunks((block_chunks * (in_group + 1) >> args.group_shift) - first_chunk),
           slots(shared_memory() + warp * DEPTH * Weights::SLOT_BYTES),
+          sides(shared_memory() + WARPS * DEPTH * Weights::SLOT_BYTES + warp * DEPTH * Weights::SIDE_BYTES),
           small(shared_memory() + SLOTS + warp * args.small_buffers * args.small_bytes),
           sums(reinterpret_cast<float*>(shared_memory() + SLOTS + WARPS * args.small_buffers * args.small_bytes) +
                group * group_warps * VALUES),
@@ -100,13 +106,13 @@ struct Ring {
           x(reinterpret_cast<uint8_t*>(kept + (args.split_shift ? rounds_of(args) * ALL_VALUES : 0))),
           x_there(reinterpret_cast<Barrier*>(x + args.tokens * args.x_pitch)),
           there(x_there + 1 + warp * DEPTH),
-          weights{args, codes, block_chunk + first_chunk, chunks} {}
+          weights{args, first, second, block_chunk + first_chunk, chunks} {}
 
-    static constexpr int SLOTS = WARPS * DEPTH * Weights::SLOT_BYTES;
+    static constexpr int SLOTS = WARPS * DEPTH * (Weights::SLOT_BYTES + Weights::SIDE_BYTES);
 
     // Tiles of a block in a cluster, which all its warps share.
     static LLMKERN_DEVICE int rounds_of(const RingArgs& args) {
-        const int tiles = int((args.out.n + 16 * RING_TILES - 1) / (16 * RING_TILES));
+        const int tiles = int((args.out.n + 16 * Weights::TILES - 1) / (16 * Weights::TILES));
         return (tiles + args.blocks - 1) / args.blocks;
     }
 
@@ -123,7 +129,8 @@ struct Ring {
     };
     LLMKERN_DEVICE bool there_is(const Place& place) const { return place.tile < tiles && chunks; }
     LLMKERN_DEVICE void ask_codes(const Place& place, int slot) const {
-        weights.ask(slots + slot * Weights::SLOT_BYTES, place.tile, place.chunk, there + slot);
+        weights.ask(slots + slot * Weights::SLOT_BYTES, sides + slot * Weights::SIDE_BYTES, place.tile, place.chunk,
+                    there + slot);
     }
     LLMKERN_DEVICE void ask_small(const Place& place) const {
         if (place.chunk == 0) weights.ask_small(small + place.buffer * args.small_bytes, place.tile);
@@ -174,28 +181,29 @@ struct Ring {
 
     LLMKERN_DEVICE void sync_group() const { sync_threads(1 + group, group_warps * 32); }
 
-    // The sums of a tile, by all warps of the group, 8 tokens at a time.
+    // The sums of a tile, by all warps of the group: MEET times 16 rows and 8 tokens at a time.
     LLMKERN_DEVICE void finish(const Sums& acc, int tile, int round) const {
 #pragma unroll
-        for (int t = 0; t < TOKEN_TILES; t++) {
-            sync_group();  // nobody reads the last ones any more
-            float* const to = sums + in_group * VALUES + lane;
+        for (int t = 0; t < TOKEN_TILES; t++)
 #pragma unroll
-            for (int r = 0; r < RING_TILES; r++)
+            for (int r = 0; r < Weights::TILES; r += MEET) {
+                sync_group();  // nobody reads the last ones any more
+                float* const to = sums + in_group * VALUES + lane;
 #pragma unroll
-                for (int i = 0; i < 4; i++) to[(r * 4 + i) * 32] = acc[r][t][i];
-            sync_group();
+                for (int i = 0; i < 4 * MEET; i++) to[i * 32] = acc[r + i / 4][t][i % 4];
+                sync_group();
+                const int first = (t * Weights::TILES + r) * 128;
 #pragma unroll 1
-            for (int at = in_group * 32 + lane; at < VALUES; at += group_warps * 32) {
-                float sum = sums[at];
+                for (int at = in_group * 32 + lane; at < VALUES; at += group_warps * 32) {
+                    float sum = sums[at];
 #pragma unroll 4
-                for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
-                if (splits == 1)
-                    store(sum, tile, t * VALUES + at);
-                else
-                    kept[round * ALL_VALUES + t * VALUES + at] = sum;
+                    for (int w = 1; w < group_warps; w++) sum += sums[w * VALUES + at];
+                    if (splits == 1)
+                        store(sum, tile, first + at);
+                    else
+                        kept[round * ALL_VALUES + first + at] = sum;
+                }
             }
-        }
     }
 
     // In a cluster, after all tiles: their sums from all blocks.
@@ -215,8 +223,8 @@ struct Ring {
     }
 
     LLMKERN_DEVICE void store(float sum, int tile, int at) const {
-        const int from = at % 32, value = at / 32 % 4, r = at / 128 % RING_TILES, t = at / VALUES;
-        const int64_t row = (int64_t(tile) * RING_TILES + r) * 16 + from / 4 + value / 2 * 8;
+        const int from = at % 32, value = at / 32 % 4, r = at / 128 % Weights::TILES, t = at / 128 / Weights::TILES;
+        const int64_t row = (int64_t(tile) * Weights::TILES + r) * 16 + from / 4 + value / 2 * 8;
         const int64_t token = first_token + t * 8 + from % 4 * 2 + value % 2;
         if (row >= args.out.n || token >= args.out.m) return;
         sum = weights.finished(sum, row);
@@ -241,15 +249,15 @@ struct Ring {
 #pragma unroll 1
         for (int tile = first_tile; tile < tiles; tile += tile_step, round++) {
             Sums acc = {};
-            typename Weights::Rows rows;
+            typename Weights::Rows rows{};
             weights.small_of(rows, tile, small + buffer * args.small_bytes);
 #pragma unroll 1
             for (int chunk = 0; chunk < chunks; chunk++) {
                 copy_async_wait<DEPTH - 1>();
                 barrier_wait(there + slot, parity);
                 sync_warp();  // scales that other lanes copied
-                weights.multiply(acc, slots + slot * Weights::SLOT_BYTES, rows, chunk,
-                                 x + (first_chunk + chunk) * Weights::CHUNK * 2);
+                weights.multiply(acc, slots + slot * Weights::SLOT_BYTES, sides + slot * Weights::SIDE_BYTES, rows,
+                                 chunk, x + (first_chunk + chunk) * Weights::CHUNK * 2);
                 sync_warp();
                 ask(next, slot);
                 if (++slot == DEPTH) slot = 0, parity ^= 1;
@@ -262,10 +270,12 @@ struct Ring {
     }
 };
 
+// first, second: what the copy engine brings.
 template <class Weights, class T, int TOKEN_TILES>
-__global__ void __launch_bounds__(RING_WARPS * 32, 1) ring_kernel(RingArgs args,
-                                                                                  LLMKERN_GRID_CONSTANT TensorMap codes) {
-    const Ring<Weights, T, TOKEN_TILES> ring(args, codes, block_x(), block_y(), int64_t(block_z()) * args.tokens);
+__global__ void __launch_bounds__(RING_WARPS * 32, 1)
+    ring_kernel(RingArgs args, LLMKERN_GRID_CONSTANT TensorMap first, LLMKERN_GRID_CONSTANT TensorMap second) {
+    const Ring<Weights, T, TOKEN_TILES> ring(args, first, second, block_x(), block_y(),
+                                             int64_t(block_z()) * args.tokens);
     ring.run();
 }
 

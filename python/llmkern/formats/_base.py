@@ -86,14 +86,19 @@ def check_tensor(
         raise ValueError(f"{name}: {label} must be {list(shape)}, got {list(tensor.shape)}")
 
 
+def are_scales(values: Tensor) -> bool:
+    """Whether all are finite and above 0; a NaN is neither the one nor the other."""
+    return not values.numel() or (float(values.min()) > 0 and float(values.max()) < math.inf)
+
+
 def check_scale_values(name: str, scales: Tensor) -> None:
     """ValueError for a NaN, infinite, zero or negative scale."""
-    bad = ~(torch.isfinite(scales) & (scales > 0))
-    if bad.any():
-        row, group = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(
-            f"{name}: scales must be finite and positive, got {float(scales[row, group])} at row {row}, group {group}"
-        )
+    if are_scales(scales):
+        return
+    row, group = (int(i) for i in (~(torch.isfinite(scales) & (scales > 0))).nonzero()[0])
+    raise ValueError(
+        f"{name}: scales must be finite and positive, got {float(scales[row, group])} at row {row}, group {group}"
+    )
 
 
 def check_finite(name: str, label: str, values: Tensor) -> None:
@@ -148,7 +153,8 @@ def grid(
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
-    scales = ((high - low) / (2**bits - 1)).to(scale_dtype)
+    # By a tensor: a GPU multiplies by what a number's reciprocal rounds to, and codes would depend on the device.
+    scales = ((high - low) / low.new_full((1,), 2**bits - 1)).to(scale_dtype)
     # A scale below the dtype's range (or a group of zeros) would be 0: such a group rounds to all zeros anyway.
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     if symmetric:

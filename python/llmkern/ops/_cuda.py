@@ -155,10 +155,25 @@ def _blocks(n: int, row_tiles: int) -> int:
     return -(-n // (16 * row_tiles))
 
 
+def active_clusters(gpu: Gpu, blocks: int) -> int:
+    """How many clusters of so many blocks run at once, one block to a multiprocessor. A cluster is within a GPC, whose
+    number of them is no multiple of 4: on an H200 66 clusters of 2, 30 of 4, 15 of 8 (cudaOccupancyMaxActiveClusters).
+    """
+    return max(1, gpu.multiprocessors * (132 if blocks <= 2 else 120) // 132 // blocks)
+
+
 def cluster(gpu: Gpu, blocks: int, wanted: int, most: int) -> int:
-    """Blocks of a cluster that divide K: doubled while there are fewer blocks than wanted and K has parts for more."""
+    """Blocks of a cluster that divide K: doubled while there are fewer blocks than wanted and K has parts for more, as
+    long as all clusters run at once.
+    """
     splits = 1
-    while gpu.capability >= (9, 0) and splits < 8 and blocks * splits < wanted and 2 * splits <= most:
+    while (
+        gpu.capability >= (9, 0)
+        and splits < 8
+        and blocks * splits < wanted
+        and 2 * splits <= most
+        and blocks <= active_clusters(gpu, 2 * splits)
+    ):
         splits *= 2
     return splits
 
@@ -193,10 +208,13 @@ def best(gpu: Gpu, m: int, n: int, k: int) -> str:
 
 
 def best_integer(gpu: Gpu, m: int) -> str:
-    """Which kernel suits a product with M rows of x quantized to int8."""
-    if m <= 16:
-        return "stream"
-    return "wgmma" if gpu.capability[0] == 9 else "mma"
+    """Which kernel suits a product with M rows of x quantized to int8.
+
+    Products of a warpgroup, where there are any, read weights as fast as anything else does.
+    """
+    if gpu.capability[0] == 9:
+        return "wgmma"
+    return "stream" if m <= 16 else "mma"
 
 
 def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
@@ -206,9 +224,11 @@ def yields(kernel: str, gpu: Gpu, m: int, n: int, k: int) -> str | None:
 
 def integer_yields(kernel: str, gpu: Gpu, m: int) -> str | None:
     """Why `kernel` leaves a product with quantized x to a later row."""
+    few = "stream" if m <= 16 else "mma"
     if kernel.endswith("_int8"):
-        return leaves_to(f"{best_integer(gpu, m)}_int8", kernel, m)
-    return leaves_to(best_integer(gpu, m), kernel, m)
+        # Codes that have to become bytes first: as they come, where rows of x are few.
+        return leaves_to(f"{'stream' if m <= 16 else best_integer(gpu, m)}_int8", kernel, m)
+    return leaves_to(best_integer(gpu, m) if kernel == "wgmma" else few, kernel, m)
 
 
 def leaves_to(better: str, kernel: str, m: int) -> str | None:
@@ -228,9 +248,10 @@ def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int
     rows = -(-n // 128)
     if kernel == "wgmma" and groups == 1:
         # csrc/cuda/linear/integer_copied.h: 256 rows of w, or 128 by 256 rows of x where those are enough blocks.
-        if rows * -(-m // 256) >= gpu.multiprocessors * 3 // 4:
+        if m > 128 and rows * -(-m // 256) >= gpu.multiprocessors * 3 // 4:
             return Plan(8, 32, 1)
-        token_blocks = -(-m // 128)
+        # Small tiles while all run at once.
+        token_blocks = -(-m // 64) if m > 64 and _blocks(n, 16) * -(-m // 64) <= gpu.multiprocessors else -(-m // 128)
         token_tiles = next(tiles for tiles in (4, 8, 12, 16) if m <= 8 * tiles * token_blocks)
         return Plan(16, token_tiles, _idle(gpu, _blocks(n, 16) * token_blocks, k // 512))
     if kernel == "wgmma":
@@ -245,7 +266,7 @@ def integer_tile_plan(gpu: Gpu, kernel: str, m: int, n: int, k: int, groups: int
 @lru_cache(4096)
 def nibble_plan(gpu: Gpu, m: int, n: int, k: int) -> Plan:
     """Sizes of `cuda.wgmma_int8` (csrc/cuda/linear/integer_nibbles.h): 128 rows of w by 64 or 128 of x."""
-    token_tiles = 8 if m <= 64 else 16
+    token_tiles = 8 if m <= 64 or _blocks(n, 8) * -(-m // 128) <= gpu.multiprocessors // 2 else 16
     return Plan(8, token_tiles, _idle(gpu, _blocks(n, 8) * -(-m // (8 * token_tiles)), k // 512))
 
 

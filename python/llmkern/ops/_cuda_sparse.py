@@ -23,7 +23,7 @@ def best(gpu: _cuda.Gpu, m: int, *, wgmma: bool) -> str:
     Up to 16 rows every weight is used in one or two products as soon as it arrives.
     """
     if m <= 16:
-        return "stream"
+        return "ring" if wgmma and gpu.capability[0] in _cuda.RING_MAJORS else "stream"
     return "wgmma" if wgmma and gpu.capability[0] == 9 else "mma"
 
 

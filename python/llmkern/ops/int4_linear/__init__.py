@@ -58,8 +58,9 @@ def cuda(
         return _cuda_int8(kernel, function, gpu, x, words, scales, zeros, bias, group_size)
     m = x.numel() // max(k, 1)
     if kernel == "ring":
-        plan = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.codes_of(scales, zeros, group_size, 32))
-        assert plan is not None, "cuda_rejects was not asked"
+        found = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.codes(scales, zeros, group_size, x.shape[-1], 32))
+        assert found is not None, "cuda_rejects was not asked"
+        plan = found
     else:
         plan = _cuda.codes_plan(kernel, gpu, m, n, k, lane_columns=32)
     return _cuda.cuda_call(
@@ -109,7 +110,7 @@ def cuda_rejects(
     if reason := _cuda.rejects_groups(group_size, x.shape[-1], 32):
         return reason
     if kernel == "ring":
-        described = _cuda_ring.codes_of(scales, zeros, group_size, 32)
+        described = _cuda_ring.codes(scales, zeros, group_size, x.shape[-1], 32)
         return _cuda_ring.rejects(x, words, 4 * words.shape[1], described, (scales, zeros))
     return None
 

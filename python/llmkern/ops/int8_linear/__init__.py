@@ -47,8 +47,9 @@ def cuda(
     n, k = codes.shape
     m = x.numel() // max(k, 1)
     if kernel == "ring":
-        plan = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.codes_of(scales, zeros, group_size, 16))
-        assert plan is not None, "cuda_rejects was not asked"
+        found = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.codes(scales, zeros, group_size, x.shape[-1], 16))
+        assert found is not None, "cuda_rejects was not asked"
+        plan = found
     else:
         plan = _cuda.codes_plan(kernel, gpu, m, n, k, lane_columns=16)
     return _cuda.cuda_call(
@@ -64,7 +65,7 @@ def cuda_rejects(
     if reason := _cuda.rejects_groups(group_size, x.shape[-1], 16):
         return reason
     if kernel == "ring":
-        described = _cuda_ring.codes_of(scales, zeros, group_size, 16)
+        described = _cuda_ring.codes(scales, zeros, group_size, x.shape[-1], 16)
         return _cuda_ring.rejects(x, codes, codes.shape[1], described, (scales, zeros))
     return None
 

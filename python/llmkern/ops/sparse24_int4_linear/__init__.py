@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _cuda, _cuda_sparse, _triton
+from llmkern.ops import _cuda, _cuda_ring, _cuda_sparse, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call
 from llmkern.ops.sparse24_int4_linear.reference import dequantize, reference
 from llmkern.ops.sparse24_linear import check_positions
@@ -46,8 +46,13 @@ def cuda(
     group_size: int,
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/sparse24_int4_linear."""
-    n = words.shape[0]
-    plan = _cuda_sparse.kept_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1], scaled=True)
+    n, k, m = words.shape[0], x.shape[-1], _cuda_sparse.rows_of(x)
+    if kernel == "ring":
+        found = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.kept(words, scales, group_size))
+        assert found is not None, "cuda_rejects was not asked"
+        plan = found
+    else:
+        plan = _cuda_sparse.kept_plan(kernel, gpu, m, n, k, scaled=True)
     return _cuda.cuda_call(
         function, plan, x, n, bias, words.data_ptr(), DTYPE_CODES[torch.int8], positions.data_ptr(),
         scales.data_ptr(), DTYPE_CODES[scales.dtype], group_size,
@@ -58,6 +63,10 @@ def cuda_rejects(
     kernel: str, x: Tensor, words: Tensor, positions: Tensor, scales: Tensor, bias: Any, group_size: int
 ) -> str | None:
     """Why a CUDA kernel cannot run on these arguments."""
+    if kernel == "ring":
+        return _cuda_ring.rejects_kept(
+            x, words, positions, scales, group_size, _cuda_ring.kept(words, scales, group_size)
+        )
     if reason := _cuda_sparse.rejects_wgmma(kernel, x, words, positions, group_size):
         return reason
     return _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern.ops import _cuda, _cuda_sparse, _triton
+from llmkern.ops import _cuda, _cuda_ring, _cuda_sparse, _triton
 from llmkern.ops._linear import DTYPE_CODES, check_input, check_scales, linear_op, native_call, pointer
 from llmkern.ops.sparse24_linear.reference import dequantize, reference
 
@@ -62,8 +62,13 @@ def cuda(
     group_size: int,
 ) -> Tensor:  # fmt: skip
     """Sizes and pointers for csrc/cuda/sparse24_linear."""
-    n = values.shape[0]
-    plan = _cuda_sparse.kept_plan(kernel, gpu, _cuda_sparse.rows_of(x), n, x.shape[-1], scaled=scales is not None)
+    n, k, m = values.shape[0], x.shape[-1], _cuda_sparse.rows_of(x)
+    if kernel == "ring":
+        found = _cuda_ring.plan(gpu, max(m, 1), n, k, _cuda_ring.kept(values, scales, group_size))
+        assert found is not None, "cuda_rejects was not asked"
+        plan = found
+    else:
+        plan = _cuda_sparse.kept_plan(kernel, gpu, m, n, k, scaled=scales is not None)
     return _cuda.cuda_call(
         function, plan, x, n, bias, values.data_ptr(), DTYPE_CODES[values.dtype], positions.data_ptr(),
         pointer(scales), 0 if scales is None else DTYPE_CODES[scales.dtype], group_size,
@@ -76,6 +81,10 @@ def cuda_rejects(
     """Why a CUDA kernel cannot run on these arguments."""
     if reason := _cuda_sparse.rejects_values(values, x):
         return reason
+    if kernel == "ring":
+        return _cuda_ring.rejects_kept(
+            x, values, positions, scales, group_size, _cuda_ring.kept(values, scales, group_size)
+        )
     if reason := _cuda_sparse.rejects_wgmma(kernel, x, values, positions, None if scales is None else group_size):
         return reason
     return None if scales is None else _cuda.rejects_groups(group_size, x.shape[-1], _cuda_sparse.PART_COLUMNS)

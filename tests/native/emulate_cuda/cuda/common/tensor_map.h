@@ -58,8 +58,9 @@ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) 
 }
 
 inline void copy_tile_to_block(void* to, const TensorMap& map, int column, int row, Barrier* barrier) {
-    if (reinterpret_cast<uintptr_t>(to) % 1024)
-        throw std::runtime_error("copy_tile: a tile at no multiple of 1024 bytes");
+    // Swizzled places count from multiples of eight rows.
+    if (reinterpret_cast<uintptr_t>(to) % (8 * map.box_columns))
+        throw std::runtime_error("copy_tile: a tile at no multiple of eight of its rows");
     std::vector<uint8_t> tile(map.box_rows * map.box_columns);
     for (int r = 0; r < map.box_rows; r++)
         for (int b = 0; b < map.box_columns; b++)

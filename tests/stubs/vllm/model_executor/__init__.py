@@ -1,0 +1,1 @@
+"""A stub of the interface that the plug-in uses."""
