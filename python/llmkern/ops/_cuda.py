@@ -22,7 +22,7 @@ ORDER = ("wgmma", "mma", "ring", "stream", "wgmma_int8", "mma_int8", "stream_int
 OLDEST = dict.fromkeys(ORDER, (8, 0)) | dict.fromkeys(("wgmma", "ring", "wgmma_int8"), (9, 0))  # compute capability
 STREAM_WARPS = 8  # csrc/cuda/linear/stream.h
 RING_MAJORS = (9, 10)  # with shared memory of 227 KB for a block, and clusters
-CLUSTERS = (132, 66, 40, 30, 22, 20, 15, 15)  # of 1 to 8 blocks, on 132 multiprocessors: see `active_clusters`
+WGMMA_SPLITS = (1, 2, 3, 4, 6, 8)  # others leave as many multiprocessors over
 WGMMA_TOKEN_TILES = {16: (4, 6, 8, 10, 12, 16), 8: (8, 16, 32)}  # by row tiles, csrc/cuda/linear/launch_wgmma.h
 
 
@@ -117,8 +117,8 @@ def wgmma_plan(gpu: Gpu, m: int, n: int, k: int, lane_columns: int) -> Plan:
         enough = next((tiles for tiles in all_tiles if m <= 8 * tiles), all_tiles[-1])
         for tiles in all_tiles:
             if tiles == enough or (m > 128 and tiles >= 8):
-                most = 1 if tiles > 16 else max(min(8, k // 256), 1)
-                plans += [Plan(row_tiles, tiles, splits) for splits in range(1, most + 1)]
+                parts = (1,) if tiles > 16 else WGMMA_SPLITS
+                plans += [Plan(row_tiles, tiles, splits) for splits in parts if splits == 1 or 256 * splits <= k]
     return min(plans, key=lambda plan: _wgmma_clocks(gpu, plan, m, n, k, 1024 // lane_columns))
 
 
@@ -141,14 +141,6 @@ def _wgmma_clocks(gpu: Gpu, plan: Plan, m: int, n: int, k: int, row_bytes: int) 
     stage = max(rows * tokens / 32 + decoding / 10, decoding, 650, came / received)
     end = 500 + rows * tokens * (1 / 4 if plan.splits > 1 else 1 / 16) + (1500 if plan.splits > 1 else 0)
     return -(-tiles // room) * (-(-k // (64 * plan.splits)) * stage + end)
-
-
-def active_clusters(gpu: Gpu, blocks: int) -> int:
-    """How many clusters of so many blocks, each with a multiprocessor of its own, run at once: one too many waits.
-
-    A cluster is in one of several parts of a GPU, in each of which some multiprocessors may be left over.
-    """
-    return max(CLUSTERS[blocks - 1] * gpu.multiprocessors // 132, 1)
 
 
 def _blocks(n: int, row_tiles: int) -> int:
