@@ -41,7 +41,8 @@ def assert_same_model(kind, got, wanted):
         if isinstance(one, PackedLinear):
             for key in ("format", "group_size", "activations", "method", "num_bits", "act_order", "conv1d"):
                 assert getattr(one, key) == getattr(two, key), key
-    assert torch.equal(tiny.output(kind, got, ids), tiny.output(kind, wanted, ids))
+    # torch's own products depend on where their operands lie.
+    torch.testing.assert_close(tiny.output(kind, got, ids), tiny.output(kind, wanted, ids), rtol=1e-5, atol=1e-5)
 
 
 def patched(kind, scheme):

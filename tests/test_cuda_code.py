@@ -34,11 +34,13 @@ HOPPER = {
     "integer_copied_kernel": ["IGMMA.64", "UTMALDG"],
     "integer_nibbles_kernel": ["IGMMA.64", "UTMALDG"],
     "sparse_wgmma_kernel": ["HGMMA.SP.64", "UTMALDG"],
+    "ring_kernel": ["HMMA.", "UTMALDG", "UBLKCP", "SYNCS"],
 }
 # Bytes of the stack that instances at the limit of their registers use, outside their products: part of the mangled
 # name -> the most.
 SPILLED = {
     "mask_tile_kernelIa": 24,  # int8 values with groups of columns: the scales of eight pairs of rows
+    "RingScalesE2E": 48,  # 16 rows of x, 128 registers: scales of lanes become pairs before they are used
     "ELi4ELi128EEEvNS0_9WgmmaArgs": 64,  # 112 registers for 64 sums leave 32 for what fills stages
 }
 ARCHITECTURES = ("80", "90a")

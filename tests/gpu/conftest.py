@@ -33,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's last: most of their time is its compiler's, and the time of a run on a GPU may end before."""
+    items.sort(key=lambda item: "triton" in item.name)
+
+
 def pytest_pycollect_makemodule(module_path: object, parent: pytest.Collector) -> pytest.Module | None:
     if on_device.DEVICE == "cuda" and not torch.cuda.is_available():
         return NoDevice.from_parent(parent, path=module_path)

@@ -274,9 +274,11 @@ struct Ring {
 template <class Weights, class T, int TOKEN_TILES>
 __global__ void __launch_bounds__(RING_WARPS * 32, 1)
     ring_kernel(RingArgs args, LLMKERN_GRID_CONSTANT TensorMap first, LLMKERN_GRID_CONSTANT TensorMap second) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900  // which have barriers in shared memory and the copy engine
     const Ring<Weights, T, TOKEN_TILES> ring(args, first, second, block_x(), block_y(),
                                              int64_t(block_z()) * args.tokens);
     ring.run();
+#endif
 }
 
 }  // namespace llmkern::cuda

@@ -47,11 +47,9 @@ struct RingCodes {
     LLMKERN_DEVICE void ask_small(uint8_t* to, int tile) const { small.ask(to, tile); }
     LLMKERN_DEVICE void small_of(Rows& rows, int tile, const uint8_t* at) const {
         small.find(rows, tile, at);
-        if (!OF_LANES) return;
+        if constexpr (OF_LANES)
 #pragma unroll
-        for (int r = 0; r < TILES; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) rows.entry[r][h] = small.entry(tile, 16 * r + 8 * h + g);
+            for (int i = 0; i < 2 * TILES; i++) rows.entry[i / 2][i % 2] = small.entry(tile, 8 * i + g);
     }
 
     // Of a chunk of this warp's: this lane's columns may be another group's than other lanes'.

@@ -29,15 +29,15 @@ struct RingSmall {
     }
     // Whether every warp's scales of a row start at a multiple of 16 bytes.
     static bool units_fit(const RingArgs& args, int size) {
-        if (!SCALED || args.groups * size % 16 || reinterpret_cast<uintptr_t>(args.scales) % 16) return false;
-        for (int split = 0; split < 1 << args.split_shift; split++) {
+        bool fit = SCALED && args.groups * size % 16 == 0 && reinterpret_cast<uintptr_t>(args.scales) % 16 == 0;
+        for (int split = 0; fit && split < 1 << args.split_shift; split++) {
             const int first = args.chunks * split >> args.split_shift;
             const int mine = (args.chunks * (split + 1) >> args.split_shift) - first;
             for (int warp = 0; warp < 1 << args.group_shift; warp++)
-                if ((first + (mine * warp >> args.group_shift)) * CHUNK / int(args.group_size.divisor) * size % 16)
-                    return false;
+                fit &=
+                    (first + (mine * warp >> args.group_shift)) * CHUNK / int(args.group_size.divisor) * size % 16 == 0;
         }
-        return true;
+        return fit;
     }
 
     // The last row stands for those beyond it, and nobody stores them.
@@ -81,14 +81,12 @@ struct RingSmall {
     }
 
     LLMKERN_DEVICE void find(Rows& rows, int tile, const uint8_t* at) const {
-        if (!SCALED && !ZEROS) return;
+        if constexpr (SCALED || ZEROS)
 #pragma unroll
-        for (int r = 0; r < TILES; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int in_tile = 16 * r + 8 * h + g, first = entry(tile, in_tile) + group_of(first_chunk);
-                rows.scale[r][h] = at + in_tile * args.scale_pitch + (wide() ? 0 : (first & 1) * 2);
-                rows.zero[r][h] = at + ROWS * args.scale_pitch + in_tile * args.zero_pitch + (first & 3);
+            for (int i = 0; i < 2 * TILES; i++) {
+                const int in_tile = 8 * i + g, first = entry(tile, in_tile) + group_of(first_chunk);
+                rows.scale[i / 2][i % 2] = at + in_tile * args.scale_pitch + (wide() ? 0 : (first & 1) * 2);
+                rows.zero[i / 2][i % 2] = at + ROWS * args.scale_pitch + in_tile * args.zero_pitch + (first & 3);
             }
     }
 

@@ -48,7 +48,8 @@ def relative_loss(weight: Tensor, solved: Tensor, hessian: Hessian, lost: float 
 def energy(x: Tensor, hessian: Hessian) -> float:
     """tr(X H Xᵀ) of fp32 x [N, K]; H is symmetric, so its blocks above the diagonal count twice."""
     matrix, k = hessian.raw(), x.shape[1]
-    width = k if k <= 3 * BLOCK else 2 * BLOCK  # narrower blocks do less and copy more
+    # Narrower blocks do less and copy more; on a GPU launches count.
+    width = k if k <= 3 * BLOCK else 2 * BLOCK if on_host(x) else max(2 * BLOCK, -(-k // 4))
     total = x.new_zeros((), dtype=torch.float64)
     for start in range(0, k, width):
         at = slice(start, start + width)
