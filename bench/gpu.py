@@ -93,7 +93,9 @@ class Session:
 
     def save(self) -> None:
         """What there is so far, so that a run that is stopped leaves it."""
-        (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        rows = [row for row in self.found["rows"] if row["skipped"] != OUT_OF_TIME]
+        found = {**self.found, "rows": rows, "rows_not_reached": len(self.found["rows"]) - len(rows)}
+        (self.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     # The steps.
 

@@ -130,7 +130,7 @@ def demo(result: dict[str, Any]) -> str:
 GPU_OPS = (
     ("int4_linear", "kept", "int4, groups of 128"),
     ("int8_linear", "kept", "int8"),
-    ("int8_dynamic_linear", "per row", "int8, x quantized to int8"),
+    ("int8_dynamic_linear", "int8 per row", "int8, x quantized to int8"),
     ("sparse24_linear", "kept", "2:4, bf16"),
     ("sparse24_int4_linear", "kept", "2:4 int4, groups of 128"),
 )
@@ -138,7 +138,7 @@ GPU_MS = (1, 16, 64, 128, 1024, 4096)
 
 
 def gpu(result: dict[str, Any]) -> str:
-    """Dense torch's time over ours, the least and the most over shapes, and the best peer of the same precision."""
+    """Dense torch's time over ours, from the worst to the best of the shapes that were reached."""
     timed = [row for row in result["rows"] if row["median_us"] and not row["forced"]]
     shapes = sorted({(row["n"], row["k"]) for row in timed if row["m"] in GPU_MS})
     rows = []
@@ -150,13 +150,13 @@ def gpu(result: dict[str, Any]) -> str:
                 for row in timed
                 if (row["op"], row["activations"], row["m"]) == (op, activations, m) and row["kernel"]
             ]
-            line.append(f"{min(ours):.2f} to {max(ours):.2f}" if ours else "")
+            line.append(" to ".join(dict.fromkeys(f"{edge(ours):.2f}" for edge in (min, max))) if ours else "")
         rows.append(line)
     machine = result["machine"]
     head = (
-        f"On one {machine['gpu']['name']}, the time of torch's dense bf16 product over ours, by rows of x, from the "
-        f"worst to the best of {len(shapes)} shapes of Llama 3 (`bench/results/gpu.json` and `gpu.md`, which have all "
-        f"peers and the goals that are not met; torch {machine['torch']}, commit {machine['commit']})"
+        f"On one {machine['gpu']['name']}, the time of torch's dense bf16 product over ours, by rows of x, for N x K = "
+        f"{', '.join(f'{n} x {k}' for n, k in shapes)} (`bench/results/gpu.json`; `gpu.md` has all peers, and "
+        f"the goals that are not met; torch {machine['torch']}, commit {machine['commit']})"
     )
     return f"{head}:\n\n{table(['op', *(f'M = {m}' for m in GPU_MS)], rows)}"
 
