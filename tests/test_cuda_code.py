@@ -40,7 +40,7 @@ HOPPER = {
 # name -> the most.
 SPILLED = {
     "mask_tile_kernelIa": 24,  # int8 values with groups of columns: the scales of eight pairs of rows
-    "RingScalesE2E": 48,  # 16 rows of x, 128 registers: scales of lanes become pairs before they are used
+    "ELi2ELNS0_10RingScales": 48,  # 16 rows of x at 128 registers: beside their zeros, or scales of lanes
     "ELi4ELi128EEEvNS0_9WgmmaArgs": 64,  # 112 registers for 64 sums leave 32 for what fills stages
 }
 ARCHITECTURES = ("80", "90a")
