@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tiny
 import torch
+from moments import Moments
 
 import llmkern
 from llmkern import _files, pipeline
@@ -22,25 +23,8 @@ from llmkern import _files, pipeline
 KILLS, SEED = 20, 5
 
 
-class Moments:
-    """Counts, and dies at number `last`."""
-
-    def __init__(self, last):
-        self.count, self.last = 0, last
-
-    def pass_by(self):
-        self.count += 1
-        if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(self, function):
-        def wrapped(*args, **kwargs):
-            self.pass_by()
-            result = function(*args, **kwargs)
-            self.pass_by()
-            return result
-
-        return wrapped
+class WatchedFiles(Moments):
+    """Moments half-way through every write too."""
 
     @contextlib.contextmanager
     def opened(self, *args):
@@ -59,7 +43,7 @@ class Moments:
 
 def run(folder, last=0):
     """One run with a state, saved when it is done; how many moments it had."""
-    moments = Moments(last)
+    moments = WatchedFiles(last)
     _files.os = type(
         "Watched", (), {**vars(os), "fsync": moments.around(os.fsync), "replace": moments.around(os.replace)}
     )

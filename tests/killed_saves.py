@@ -13,31 +13,11 @@ from pathlib import Path
 
 import tiny
 import torch
+from moments import Moments
 
 import llmkern
 from llmkern import checkpoint_folder, weight_writer
 from llmkern.nn import PackedLinear
-
-
-class Moments:
-    """Counts, and dies at number `last`."""
-
-    def __init__(self, last):
-        self.count, self.last = 0, last
-
-    def pass_by(self):
-        self.count += 1
-        if self.count == self.last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(self, function):
-        def wrapped(*args, **kwargs):
-            self.pass_by()
-            result = function(*args, **kwargs)
-            self.pass_by()
-            return result
-
-        return wrapped
 
 
 def save(model, path, how, last=0):

@@ -289,6 +289,55 @@ def _copy(parameter: nn.Parameter, loaded: Tensor) -> None:
     parameter.data.copy_(loaded)
 
 
+class Config:
+    """What the QuantizationConfig of every server has in common; comes before the server's own base.
+
+    The quantization_config of config.json (compressed-tensors, gptq or awq), or llmkern.json.
+    """
+
+    linear: type  # the server's linear layers, its method for dense ones, and ours on its base
+    dense_method: type
+    packed_method: type
+    packed_modules_mapping: dict[str, list[str]]
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.formats = Formats(config)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name of the method."""
+        return NAME
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """What ops take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Read where config.json has no quantization_config: our folders of pruned float weights."""
+        return [CONFIG_FILE]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Config:
+        """Of the quantization_config."""
+        return cls(config)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """The method of a layer; None for what is not linear."""
+        if isinstance(layer, self.linear):
+            scheme = self.formats.of(prefix, self.packed_modules_mapping)
+            return self.dense_method() if scheme is None else self.packed_method(scheme, prefix)
+        self.formats.refuse_other(layer, prefix)
+        return None
+
+
 def override(config: Mapping[str, Any] | None, wanted: str | None) -> str | None:
     """Whether `--quantization llmkern` takes a checkpoint over: only where it is asked for by name."""
     method = str((config or {}).get("quant_method", "")).lower().replace("_", "-")

@@ -38,7 +38,6 @@ def register() -> None:
 
 def config_class() -> type:
     """The QuantizationConfig, made when it is needed: its base is SGLang's."""
-    import torch
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -48,35 +47,10 @@ def config_class() -> type:
     class LlmkernLinearMethod(serving.LinearMethod, LinearMethodBase):
         """Linear layers with packed weights."""
 
-    class LlmkernConfig(QuantizationConfig):
-        """The quantization_config of config.json (compressed-tensors, gptq or awq), or llmkern.json."""
+    class LlmkernConfig(serving.Config, QuantizationConfig):
+        """Ours on the server's base."""
 
-        def __init__(self, config: dict[str, Any]) -> None:
-            super().__init__()
-            self.formats = serving.Formats(config)
-
-        def get_name(self) -> str:
-            """The name of the method."""
-            return serving.NAME
-
-        def get_supported_act_dtypes(self) -> list[torch.dtype]:
-            """What ops take."""
-            return [torch.bfloat16, torch.float16, torch.float32]
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            """Ampere."""
-            return 80
-
-        @staticmethod
-        def get_config_filenames() -> list[str]:
-            """Read where config.json has no quantization_config: our folders of pruned float weights."""
-            return [serving.CONFIG_FILE]
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> LlmkernConfig:
-            """Of the quantization_config."""
-            return cls(config)
+        linear, dense_method, packed_method = LinearBase, UnquantizedLinearMethod, LlmkernLinearMethod
 
         @classmethod
         def override_quantization_method(
@@ -84,14 +58,6 @@ def config_class() -> type:
         ) -> str | None:
             """Other methods' checkpoints are taken over where `--quantization llmkern` asks for it."""
             return serving.override(hf_quant_cfg, user_quant)
-
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            """The method of a layer; None for what is not linear."""
-            if isinstance(layer, LinearBase):
-                scheme = self.formats.of(prefix, self.packed_modules_mapping)
-                return UnquantizedLinearMethod() if scheme is None else LlmkernLinearMethod(scheme, prefix)
-            self.formats.refuse_other(layer, prefix)
-            return None
 
         def get_scaled_act_names(self) -> list[str]:
             """No activation is scaled."""

@@ -35,7 +35,6 @@ def register() -> None:
 
 def config_class() -> type:
     """The QuantizationConfig, made when it is needed: its base is vLLM's."""
-    import torch
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -44,37 +43,10 @@ def config_class() -> type:
     class LlmkernLinearMethod(serving.LinearMethod, LinearMethodBase):
         """Linear layers with packed weights."""
 
-    class LlmkernConfig(QuantizationConfig):
-        """The quantization_config of config.json (compressed-tensors, gptq or awq), or llmkern.json."""
+    class LlmkernConfig(serving.Config, QuantizationConfig):
+        """Ours on the server's base."""
 
-        def __init__(self, config: dict[str, Any]) -> None:
-            super().__init__()
-            self.formats = serving.Formats(config)
-
-        @classmethod
-        def get_name(cls) -> str:
-            """The name of the method."""
-            return serving.NAME
-
-        @classmethod
-        def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-            """What ops take."""
-            return [torch.bfloat16, torch.float16, torch.float32]
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            """Ampere."""
-            return 80
-
-        @staticmethod
-        def get_config_filenames() -> list[str]:
-            """Read where config.json has no quantization_config: our folders of pruned float weights."""
-            return [serving.CONFIG_FILE]
-
-        @classmethod
-        def from_config(cls, config: dict[str, Any]) -> LlmkernConfig:
-            """Of the quantization_config."""
-            return cls(config)
+        linear, dense_method, packed_method = LinearBase, UnquantizedLinearMethod, LlmkernLinearMethod
 
         @classmethod
         def override_quantization_method(
@@ -87,13 +59,5 @@ def config_class() -> type:
             """gptq and awq do not say which layers are dense: a local folder's headers do."""
             if Path(model_name).is_dir():
                 self.formats.look_at(Path(model_name))
-
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            """The method of a layer; None for what is not linear."""
-            if isinstance(layer, LinearBase):
-                scheme = self.formats.of(prefix, self.packed_modules_mapping)
-                return UnquantizedLinearMethod() if scheme is None else LlmkernLinearMethod(scheme, prefix)
-            self.formats.refuse_other(layer, prefix)
-            return None
 
     return LlmkernConfig
