@@ -23,6 +23,7 @@ from llmkern.checkpoints.scheme import (
     check_parts,
     check_scales,
     choice,
+    group_size,
     integer,
 )
 from llmkern.formats import Int4Weight
@@ -51,17 +52,15 @@ class AwqSchemes(Schemes):
             raise ValueError(f"{WHERE}: version {named!r} is the layout of another kernel; only gemm is read")
         if version != "gemm":
             raise ValueError(f"{WHERE}: version must be 'gemm', got {named!r:.80}")
-        bits, group_size = integer(config, "bits", WHERE), integer(config, "group_size", WHERE)
+        bits = integer(config, "bits", WHERE)
         if bits != BITS:
             raise ValueError(f"{WHERE}: bits must be 4, got {bits}")
-        if group_size < 1 and group_size != -1:
-            raise ValueError(f"{WHERE}: group_size must be -1 or at least 1, got {group_size}")
         dense = config.get("modules_to_not_convert") or []
         if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
             raise ValueError(f"{WHERE}: modules_to_not_convert must be a list of names, got {dense!r:.80}")
         self.dense = tuple(dense)
         zero_point = choice(config, "zero_point", True, (True, False), WHERE)
-        self.base = Scheme("awq", BITS, not zero_point, None if group_size == -1 else group_size)
+        self.base = Scheme("awq", BITS, not zero_point, group_size(config, WHERE))
         super().__init__(("awq",))
 
     def of(self, name: str, kind: str = "Linear", also: tuple[str, ...] = ()) -> Scheme | None:

@@ -31,6 +31,7 @@ from llmkern.checkpoints.scheme import (
     check_parts,
     check_scales,
     choice,
+    group_size,
     integer,
 )
 from llmkern.checkpoints.targets import check_pattern
@@ -73,16 +74,14 @@ class GptqSchemes(Schemes):
         return None if name.rpartition(".")[2] == "lm_head" and not self.head else self.base
 
     def _scheme(self, config: Mapping[str, Any]) -> Scheme:
-        bits, group_size = integer(config, "bits", WHERE), integer(config, "group_size", WHERE)
+        bits = integer(config, "bits", WHERE)
         if bits not in BITS:
             raise ValueError(f"{WHERE}: bits must be one of {', '.join(map(str, BITS))}, got {bits}")
-        if group_size < 1 and group_size != -1:
-            raise ValueError(f"{WHERE}: group_size must be -1 or at least 1, got {group_size}")
         return Scheme(
             format="gptq_v2" if self.rule == "plain" else "gptq",
             bits=bits,
             symmetric=choice(config, "sym", False, (True, False), WHERE),
-            group_size=None if group_size == -1 else group_size,
+            group_size=group_size(config, WHERE),
             act_order=choice(config, "desc_act", False, (True, False), WHERE),
             zero_rule=self.rule,
         )

@@ -147,6 +147,14 @@ def integer(config: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
+def group_size(config: Mapping[str, Any], where: str) -> int | None:
+    """Columns of a group; None for whole rows, which GPTQ and AWQ write as -1. ValueError for any other number."""
+    value = integer(config, "group_size", where)
+    if value < 1 and value != -1:
+        raise ValueError(f"{where}: group_size must be -1 or at least 1, got {value}")
+    return None if value == -1 else value
+
+
 def choice(config: Mapping[str, Any], key: str, default: Any, known: tuple[Any, ...], where: str) -> Any:
     """A value of a configuration that must be one of a few."""
     value = config.get(key, default)
