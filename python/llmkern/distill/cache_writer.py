@@ -87,9 +87,13 @@ def _listed(batches: Any, teacher: nn.Module) -> list[dict[str, Any]]:
     for batch in batches:
         found = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         if not isinstance(found, Mapping) or not isinstance(ids := found.get("input_ids"), Tensor):
-            raise TypeError(f"{CALLER}: a batch must be token ids or a mapping with input_ids, got {type(batch).__name__}")
+            raise TypeError(
+                f"{CALLER}: a batch must be token ids or a mapping with input_ids, got {type(batch).__name__}"
+            )
         if ids.ndim != 2 or not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"{CALLER}: input_ids must be integers [B, L], B, L > 0, got {ids.dtype} {list(ids.shape)}")
+            raise ValueError(
+                f"{CALLER}: input_ids must be integers [B, L], B, L > 0, got {ids.dtype} {list(ids.shape)}"
+            )
         if not 0 <= ids.min() <= ids.max() < rows:
             raise ValueError(f"{CALLER}: input_ids must be in [0, {rows}), got {int(ids.min())} to {int(ids.max())}")
         mask = found.get("attention_mask")

@@ -37,8 +37,9 @@ def drop_layers(model: nn.Module, keep: str | list[int] | None = None) -> Any:
     # The copy of a dropped block is None: it is never made.
     dropped = {id(block): None for number, block in enumerate(blocks) if number not in kept}
     small = copy.deepcopy(model, dict(dropped))
-    small.set_submodule(name, nn.ModuleList(block for block in small.get_submodule(name) if block is not None))
-    _shorten(small.config, len(blocks), kept)  # type: ignore[arg-type]
+    left = [block for block in small.get_submodule(name).children() if block is not None]
+    small.set_submodule(name, nn.ModuleList(left))
+    _shorten(small.config, len(blocks), kept)
     _fit(small, type(model).__name__)
     return small
 
@@ -87,7 +88,7 @@ def _fit(small: nn.Module, kind: str) -> None:
     """Number the blocks anew. ValueError unless `small` is what its class builds of its configuration."""
     try:
         with parameters_on_meta():
-            wanted = type(small)._from_config(copy.deepcopy(small.config))  # type: ignore[attr-defined, operator]
+            wanted = type(small)._from_config(copy.deepcopy(small.config))  # type: ignore[attr-defined]
     except Exception as error:  # whatever a class does with a configuration that makes no sense to it
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{CALLER}: {kind} cannot be built with fewer layers: {reason:.300}") from error

@@ -105,8 +105,8 @@ def shifts_labels(model: nn.Module) -> bool:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of a model's language part; None where it has none."""
-    config = getattr(model, "config", None)
-    return config.gettext_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager

@@ -49,11 +49,13 @@ class HiddenLoss:
         widths = [getattr(text_config(model), "hidden_size", None) for model in (student, teacher)]
         if widths[0] != widths[1]:
             raise ValueError(
-                f"DistillWrapper: hidden={kind!r} compares hidden states, so the student must be as wide as the teacher "
+                f"DistillWrapper: hidden={kind!r} compares hidden states: the student must be as wide as the teacher "
                 f"({widths[1]}), got {widths[0]}"
             )
         mine, theirs = the_blocks(student, "DistillWrapper"), the_blocks(teacher, "DistillWrapper")
-        self.pairs = [(int(s), int(t)) for s, t in layers] if layers is not None else _pairs(kind, len(mine), len(theirs))
+        self.pairs = (
+            [(int(s), int(t)) for s, t in layers] if layers is not None else _pairs(kind, len(mine), len(theirs))
+        )
         if not self.pairs:
             raise ValueError("DistillWrapper: layers must name at least one pair of blocks, got none")
         for s, t in self.pairs:
@@ -72,8 +74,8 @@ class HiddenLoss:
             one, other = student[s], teacher[t]
             if one.shape != other.shape:
                 raise ValueError(
-                    f"DistillWrapper: hidden={self.kind!r}: block {s} of the student gives {list(one.shape)}, block {t} "
-                    f"of the teacher {list(other.shape)}"
+                    f"DistillWrapper: hidden={self.kind!r}: block {s} of the student gives {list(one.shape)}, block "
+                    f"{t} of the teacher {list(other.shape)}"
                 )
             total = total + KINDS[self.kind](*((one, other) if every else (one[tokens], other[tokens])))
         return total
@@ -91,8 +93,8 @@ def outputs_of(blocks: Mapping[int, nn.Module], found: dict[int, Tensor]) -> Ite
     def keep(number: int, block: nn.Module, args: tuple, output: object) -> None:
         if graph and not torch.is_grad_enabled():
             raise ValueError(
-                "DistillWrapper: hidden losses need gradient checkpointing with use_reentrant=False: the reentrant kind "
-                "runs blocks without a graph"
+                "DistillWrapper: hidden losses need gradient checkpointing with use_reentrant=False: the reentrant "
+                "kind runs blocks without a graph"
             )
         found[number] = hidden_state(output)
 

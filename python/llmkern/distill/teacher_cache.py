@@ -48,7 +48,11 @@ class TeacherCache:
         self.folder = folder
         self.fingerprint: dict[str, Any] = manifest["fingerprint"]
         settings = self.fingerprint["settings"]
-        self.k, self.temperature, self.sampled = int(settings["k"]), float(settings["temperature"]), bool(settings["sample"])
+        self.k, self.temperature, self.sampled = (
+            int(settings["k"]),
+            float(settings["temperature"]),
+            bool(settings["sample"]),
+        )
         self.classes = int(settings["classes"])
         self._parts: list[dict[str, Any]] = manifest["parts"]
         self._shards: dict[int, Any] = {}
@@ -106,8 +110,8 @@ class TeacherCache:
             raise ValueError(f"{CALLER} {folder}: its {MANIFEST} is of another kind of run")
         if len(manifest["parts"]) != wanted:
             raise ValueError(
-                f"{CALLER} {folder}: only {len(manifest['parts'])} of {wanted} shards are written; the call of write that "
-                "began it goes on"
+                f"{CALLER} {folder}: only {len(manifest['parts'])} of {wanted} shards are written; the call of write "
+                "that began it goes on"
             )
         for entry in manifest["parts"]:
             size = file.stat().st_size if (file := folder / entry["file"]).is_file() else None

@@ -26,8 +26,8 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     if one != other:
         at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
         raise ValueError(
-            f"check_tokenizers: the tokenizers have the same tokens but cut text differently: token {at} of a sample is "
-            f"{_name(ours.get(_at(one, at)))} for the student and {_name(theirs.get(_at(other, at)))} for the teacher"
+            f"check_tokenizers: the tokenizers have the same tokens but cut text differently: token {at} of a sample "
+            f"is {_name(ours.get(_at(one, at)))} for the student, {_name(theirs.get(_at(other, at)))} for the teacher"
         )
 
 

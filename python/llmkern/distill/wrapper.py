@@ -79,12 +79,12 @@ class DistillWrapper(nn.Module):
         check_classes(self._head.classes, classes, tokenizers, shared_prefix)
         if isinstance(teacher, TeacherCache) and classes > self._head.classes:
             raise ValueError(
-                f"DistillWrapper: the cache has {classes} classes, more than the student's {self._head.classes}; write it "
-                f"with classes={self._head.classes}"
+                f"DistillWrapper: the cache has {classes} classes, more than the student's {self._head.classes}; write "
+                f"it with classes={self._head.classes}"
             )
         # Not a submodule: neither the optimizer, the state dict nor what shards the student should see it.
         object.__setattr__(self, "teacher", teacher)
-        self.__class__ = _face(type(self), type(student))
+        self.__class__ = _face(type(self), type(student))  # type: ignore[arg-type]
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
@@ -154,7 +154,7 @@ class DistillWrapper(nn.Module):
         labels = labels.masked_fill(~tokens, IGNORED)  # what stands on padding means nothing
         if num_items is None and not (labels != IGNORED).any():
             raise ValueError(
-                f"DistillWrapper: a batch must have a label that counts, got {list(ids.shape)} tokens of which none does"
+                f"DistillWrapper: a batch must have a label that counts, got {list(ids.shape)} tokens and none does"
             )
         return labels
 
@@ -222,9 +222,7 @@ def _face(wrapper: type, student: type) -> type:
 
 def _students(name: str) -> property:
     """The attribute `name` of the student."""
-    return property(
-        lambda self: getattr(self.student, name), lambda self, value: setattr(self.student, name, value)
-    )
+    return property(lambda self: getattr(self.student, name), lambda self, value: setattr(self.student, name, value))
 
 
 def _of_student(state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -239,7 +237,9 @@ def _tokens(ids: Tensor | None, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     if mask.shape != ids.shape:
-        raise ValueError(f"DistillWrapper: attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
+        raise ValueError(
+            f"DistillWrapper: attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
+        )
     return mask.bool()
 
 
