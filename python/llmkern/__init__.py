@@ -12,7 +12,7 @@ from llmkern._why import why
 from llmkern.ops._tuning import autotune
 
 if TYPE_CHECKING:
-    from llmkern import checkpoints, solvers
+    from llmkern import checkpoints, prune, solvers
     from llmkern.checkpoint import load, save
     from llmkern.patching import patch, unpatch
     from llmkern.pipeline import compress
@@ -36,6 +36,7 @@ __all__ = [
     "ops",
     "patch",
     "plan",
+    "prune",
     "save",
     "solvers",
     "stream",
@@ -60,7 +61,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoints", "solvers"):
+    if name in ("checkpoints", "prune", "solvers"):
         return importlib.import_module(f"llmkern.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'llmkern' has no attribute {name!r}")
