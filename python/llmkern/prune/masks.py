@@ -279,7 +279,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """By the names that they have without wrappers around blocks."""
     for module in model.modules():
         if hasattr(module, "unshard") and hasattr(module, "reshard"):
-            module.reshard()  # FSDP2 leaves the outermost weights whole after a forward: copies that it forgets later
+            module.reshard()  # type: ignore[operator]  # FSDP2 leaves the outermost whole after a forward, a copy
     found = {}
     for name, parameter in model.named_parameters():
         for wrapper in WRAPPERS:

@@ -15,5 +15,6 @@ def cubic_schedule(step: int, *, start: int, end: int, initial: float = 0.0, fin
         raise ValueError(f"cubic_schedule: wanted start < end, got start={start!r}, end={end!r}")
     if not 0 <= initial <= final < 1:
         raise ValueError(f"cubic_schedule: wanted 0 <= initial <= final < 1, got initial={initial!r}, final={final!r}")
-    left = 1 - min(max((step - start) / (end - start), 0.0), 1.0)
-    return final + (initial - final) * left**3
+    if step <= start or step >= end:
+        return initial if step <= start else final
+    return final + (initial - final) * (1 - (step - start) / (end - start)) ** 3
