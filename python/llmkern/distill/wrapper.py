@@ -122,6 +122,19 @@ class DistillWrapper(nn.Module):
             result["hidden"] = value.detach()
         return result
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss is, as plain values: two wrappers of the same models with the same settings do the same."""
+        hidden = None if self._hidden is None else [self._hidden.kind, self._hidden.pairs, self._hidden_weight]
+        return {**self._divergence, **self._options, "causal": self._causal, "hidden": hidden}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the loss is, as plain values: two wrappers of the same models with the same settings do the same."""
+        watched = self._hidden
+        hidden = None if watched is None else [watched.kind, list(map(list, watched.pairs)), self._hidden_weight]
+        return {**self._divergence, **self._options, "causal": self._causal, "hidden": hidden}
+
     def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None, **options: Any) -> None:
         """The student's save_pretrained; state_dict: this module's or the student's, where it was gathered before."""
         self.student.save_pretrained(path, state_dict=_of_student(state_dict), **options)  # type: ignore[operator]
