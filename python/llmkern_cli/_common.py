@@ -34,6 +34,23 @@ def at_least(least: int) -> Any:
     return convert
 
 
+def number(*, above: float | None = None, least: float | None = None) -> Any:
+    """An argparse type: a finite float greater than `above`, or of at least `least`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}") from None
+        if above is not None and not above < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"wanted more than {above}, got {text}")
+        if least is not None and not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"wanted at least {least}, got {text}")
+        return value
+
+    return convert
+
+
 def progress(text: str) -> None:
     """One line to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -73,20 +73,36 @@ class OutputHead:
 
     def verify(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """Compare a few logits with the model's own. ValueError where they differ: the head is not all there is."""
-        ids = batch["input_ids"]
-        if all(value.shape[:2] == ids.shape for value in batch.values() if isinstance(value, Tensor)):
-            batch = {k: value[:1, :FEW] if isinstance(value, Tensor) else value for k, value in batch.items()}
+        few = _few(batch)
         with torch.no_grad(), quiet(model):
-            wanted = model(**batch).logits.float()
-            got = self.logits(self.hidden(model, batch)).float()
-        narrow = torch.is_autocast_enabled(ids.device.type)
-        tolerance = COARSE if narrow else TOLERANCE.get(self.module.weight.dtype, COARSE)
-        same = wanted.shape == got.shape and (got - wanted).abs().max() <= tolerance * wanted.abs().max()
-        if not same:
+            wanted = model(**few).logits.float()
+            got = self.logits(self.hidden(model, few)).float()
+        if wanted.shape != got.shape or not self._close(got, wanted):
             raise ValueError(
                 f"DistillWrapper: the {self.role}'s logits must be those of its linear output head (with softcap "
                 f"{self.softcap} and factor {self.scale} of its configuration), but {self.owner} gives others"
             )
+
+    def verify_order(self, model: nn.Module, batch: Mapping[str, Any], causal: bool) -> None:
+        """ValueError for a model that sees later tokens though it is called causal, or none though it is not."""
+        few = _few(batch)
+        ids = few["input_ids"]
+        if ids.shape[1] < 2:
+            return
+        other = torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % self.classes), dim=1)
+        with torch.no_grad(), quiet(model):
+            before, after = (self.hidden(model, {**few, "input_ids": given})[:, :-1].float() for given in (ids, other))
+        if self._close(before, after) != causal:
+            seen, wanted = ("no", "False") if not causal else ("later", "True")
+            raise ValueError(
+                f"DistillWrapper: {self.owner} sees {seen} tokens after its own position, which is not causal={wanted}"
+            )
+
+    def _close(self, got: Tensor, wanted: Tensor) -> bool:
+        """Whether they are equal, but for rounding."""
+        narrow = torch.is_autocast_enabled(got.device.type)
+        tolerance = COARSE if narrow else TOLERANCE.get(self.module.weight.dtype, COARSE)
+        return bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -107,6 +123,20 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of a model's language part; None where it has none."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _few(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A few tokens of the batch's longest sequence, from its first that is no padding; all of what cannot be cut."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if any(value.shape[:2] != ids.shape for value in batch.values() if isinstance(value, Tensor)):
+        return dict(batch)
+    row = int((mask != 0).sum(1).argmax())
+    first = int((mask[row] != 0).int().argmax())
+    last = min(first + FEW, int((mask[row] != 0).nonzero().max()) + 1)
+    cut = (slice(row, row + 1), slice(first, last))
+    return {name: value[cut] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 @contextmanager

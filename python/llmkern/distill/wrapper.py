@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern.distill._checks import check_cache, check_numbers, tokens_of
 from llmkern.distill.heads import OutputHead, shifts_labels
 from llmkern.distill.hidden import HiddenLoss, Pairs, outputs_of
 from llmkern.distill.teacher_cache import TeacherCache
 from llmkern.distill.vocabulary import check_classes
 from llmkern.ops import DistillLoss, linear_kl_div, linear_kl_div_topk
-from llmkern.ops.linear_kl_div.reference import KINDS
 
 IGNORED = -100  # the label that transformers leaves out
 STUDENT = "student."
@@ -53,7 +53,7 @@ class DistillWrapper(nn.Module):
         tokenizers: tuple[Any, Any] | None = None, shared_prefix: bool = False, workspace_mb: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _check_numbers(kind, temperature, ce_weight, hidden_weight)
+        check_numbers(kind, temperature, ce_weight, hidden_weight)
         if student is teacher:
             raise ValueError("DistillWrapper: student and teacher are the same model; make the student a copy")
         self.student = student
@@ -68,7 +68,7 @@ class DistillWrapper(nn.Module):
         self._hidden_weight = hidden_weight
         self._verified = False
         if isinstance(teacher, TeacherCache):
-            _check_cache(teacher, kind, temperature, hidden)
+            check_cache(teacher, kind, temperature, hidden)
             classes = teacher.classes
         else:
             self._teacher_head = OutputHead(teacher, "teacher")
@@ -106,7 +106,7 @@ class DistillWrapper(nn.Module):
             "token_type_ids": token_type_ids, **more,
         }  # fmt: skip
         batch = {key: value for key, value in batch.items() if value is not None}
-        tokens = _tokens(input_ids, attention_mask)
+        tokens = tokens_of(input_ids, attention_mask)
         targets = self._targets(batch["input_ids"], tokens, labels, num_items_in_batch)
         self._verify(batch)
         outputs: dict[int, Tensor] = {}
@@ -121,12 +121,6 @@ class DistillWrapper(nn.Module):
             result["loss"] = result["loss"] + self._hidden_weight * value
             result["hidden"] = value.detach()
         return result
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the loss is, as plain values: two wrappers of the same models with the same settings do the same."""
-        hidden = None if self._hidden is None else [self._hidden.kind, self._hidden.pairs, self._hidden_weight]
-        return {**self._divergence, **self._options, "causal": self._causal, "hidden": hidden}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -176,6 +170,7 @@ class DistillWrapper(nn.Module):
         if self._verified:
             return
         self._head.verify(self.student, batch)
+        self._head.verify_order(self.student, batch, self._causal)
         if isinstance(self.teacher, nn.Module):
             self._teacher_head.verify(self._ready_teacher(batch["input_ids"].device), batch)
         self._verified = True
@@ -240,37 +235,3 @@ def _students(name: str) -> property:
 
 def _of_student(state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
     return None if state_dict is None else {key.removeprefix(STUDENT): value for key, value in state_dict.items()}
-
-
-def _tokens(ids: Tensor | None, mask: Tensor | None) -> Tensor:
-    """bool [B, L], False for padding. ValueError for an empty batch or shapes that do not fit."""
-    if ids is None or ids.ndim != 2 or not ids.numel():
-        got = "none" if ids is None else list(ids.shape)
-        raise ValueError(f"DistillWrapper: a batch must have input_ids [B, L] with B, L > 0, got {got}")
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"DistillWrapper: attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}"
-        )
-    return mask.bool()
-
-
-def _check_numbers(kind: str, temperature: float, ce_weight: float, hidden_weight: float) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"DistillWrapper: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"DistillWrapper: temperature must be a positive number, got {temperature}")
-    for label, weight in (("ce_weight", ce_weight), ("hidden_weight", hidden_weight)):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"DistillWrapper: {label} must be 0 or a positive number, got {weight}")
-
-
-def _check_cache(cache: TeacherCache, kind: str, temperature: float, hidden: str | None) -> None:
-    """ValueError for what a cache cannot serve."""
-    if kind != "forward_kl":
-        raise ValueError(f'DistillWrapper: with a cache the kind must be "forward_kl", got {kind!r}')
-    if hidden is not None:
-        raise ValueError(f"DistillWrapper: hidden={hidden!r} needs the teacher itself: a cache has no hidden states")
-    if temperature != cache.temperature:
-        raise ValueError(f"DistillWrapper: temperature must be the cache's, {cache.temperature}, got {temperature}")
