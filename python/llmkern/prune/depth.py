@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import nn
@@ -62,7 +62,7 @@ def depth_changes(model: nn.Module, kept: Sequence[int]) -> dict[str, Any]:
 
 def refuse_other_blocks(
     blocks: nn.ModuleList, small: nn.Module, name: str, kept: Sequence[int], caller: str,
-    widths: frozenset[str] = frozenset(),
+    widths: Container[tuple[Any, Any]] = (),
 ) -> None:  # fmt: skip
     """ValueError where a kept block would compute another thing at its new place."""
     for at, index in enumerate(kept):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -72,11 +72,12 @@ def fill(small: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     return small.train(model.training)
 
 
-def difference(old: nn.Module, new: nn.Module, widths: frozenset[str] = frozenset()) -> str:
+def difference(old: nn.Module, new: nn.Module, widths: Container[tuple[Any, Any]] = ()) -> str:
     """How block `new` computes another thing than `old`, in a few words; "" if it does not.
 
-    Compared: the classes of their modules and every plain attribute, but for those that number blocks, and those in
-    `widths`. What transformers sets from the place of a block (a window, a scale) shows in these.
+    Compared: the classes of their modules and every plain attribute, but for those that number blocks, and those that
+    go from one to the other of a pair in `widths`. What transformers sets from the place of a block (a window, a scale)
+    shows in these.
     """
     parts = dict(new.named_modules())
     if parts.keys() != dict(old.named_modules()).keys():
@@ -87,8 +88,8 @@ def difference(old: nn.Module, new: nn.Module, widths: frozenset[str] = frozense
             return f"{name or 'it'} is a {type(other).__name__} and not a {type(module).__name__}"
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str | None) and not key.startswith("_")
-            if not plain or key == "training" or key in NUMBERS or key in widths:
+            if not plain or key == "training" or key in NUMBERS:
                 continue
-            if vars(other).get(key) != value:
+            if vars(other).get(key) != value and (value, vars(other).get(key)) not in widths:
                 return f"{f'{name}.' if name else ''}{key} is {vars(other).get(key)!r} and not {value!r}"
     return ""
