@@ -27,6 +27,18 @@ def fingerprint(
     values: whether the model's numbers are read too, all of them, at about 1 GB/s per thread; else only names, shapes
     and dtypes.
     """
+    return {
+        "llmkern": __version__,
+        "torch": torch.__version__,
+        "model": of_model(model, values=values),
+        "recipe": recipe.to_dict(),
+        "calibration": _digest([list(call.args), call.kwargs] for call in calls),
+        "device": "where the blocks are" if device is None else device.type,
+    }
+
+
+def of_model(model: nn.Module, *, values: bool = True) -> dict[str, Any]:
+    """A JSON object: the model's class, and digests of its configuration and tensors; `values` as in `fingerprint`."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     about = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -39,14 +51,7 @@ def fingerprint(
         else:
             with ThreadPoolExecutor(READERS) as pool:  # hashing lets go of the interpreter
                 about["values"] = _digest(pool.map(_digest, (tensor for _, tensor in tensors)))
-    return {
-        "llmkern": __version__,
-        "torch": torch.__version__,
-        "model": about,
-        "recipe": recipe.to_dict(),
-        "calibration": _digest([list(call.args), call.kwargs] for call in calls),
-        "device": "where the blocks are" if device is None else device.type,
-    }
+    return about
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
