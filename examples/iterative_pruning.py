@@ -1,4 +1,4 @@
-"""Prune half of the weights while a model is fine-tuned, with the stock Trainer: iterative_pruning.py [MODEL OUT STEPS]"""
+"""Prune half of the weights while a model is fine-tuned by the stock Trainer: iterative_pruning.py [MODEL OUT STEPS]"""
 
 import sys
 
