@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from llmkern_cli import bench, compress, convert, demo, env, evaluate, inspect, plan, verify
+from llmkern_cli import bench, compress, convert, demo, env, evaluate, inspect, plan, prune, verify
 from llmkern_cli._common import UsageError
 
-COMMANDS: tuple[ModuleType, ...] = (env, plan, compress, evaluate, bench, inspect, verify, convert, demo)
+COMMANDS: tuple[ModuleType, ...] = (env, plan, compress, prune, evaluate, bench, inspect, verify, convert, demo)
 
 # Their own text says what is wrong; of any other exception the kind is needed as well to understand the line.
 _PLAIN_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
