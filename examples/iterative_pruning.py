@@ -1,4 +1,4 @@
-"""Prune half of a model's weights while it is fine-tuned, with the stock Trainer: python examples/iterative_pruning.py"""
+"""Prune half of the weights while a model is fine-tuned by the stock Trainer: iterative_pruning.py [MODEL OUT STEPS]"""
 
 import sys
 
@@ -21,7 +21,7 @@ class Prune(TrainerCallback):
 
 
 def main(name: str = "smollm2", out: str = "out/iterative", steps: int = 40) -> None:
-    """Fine-tune on the builtin text, from dense to half of the weights, and save; stock transformers loads the result."""
+    """Fine-tune on the builtin text, from dense to half of the weights, and save for stock transformers."""
     model, tokenizer = load_model(name)
     windows = data.calibration_windows(data.token_ids(tokenizer, data.builtin_text()), 4 * int(steps), 128)
     arguments = TrainingArguments(out, max_steps=int(steps), per_device_train_batch_size=4, learning_rate=1e-4)

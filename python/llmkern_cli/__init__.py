@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from llmkern_cli import bench, compress, convert, demo, distill, env, evaluate, inspect, plan, verify
+from llmkern_cli import bench, compress, convert, demo, distill, env, evaluate, inspect, plan, prune, verify
 from llmkern_cli._common import UsageError
 
-COMMANDS: tuple[ModuleType, ...] = (env, plan, compress, distill, evaluate, bench, inspect, verify, convert, demo)
+COMMANDS: tuple[ModuleType, ...] = (
+    env, plan, compress, prune, distill, evaluate, bench, inspect, verify, convert, demo,
+)  # fmt: skip
 
 # Their own text says what is wrong; of any other exception the kind is needed as well to understand the line.
 _PLAIN_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)

@@ -8,8 +8,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmkern_cli._common import Number, UsageError, at_least, number, progress, quiet_transformers, refuse_foreign
-from llmkern_cli.compress import state_folder
+from llmkern_cli._common import (
+    Number,
+    UsageError,
+    at_least,
+    number,
+    progress,
+    quiet_transformers,
+    refuse_foreign,
+    resume,
+)
 
 NAME = "distill"
 HELP = "Train a student on what its teacher predicts, and save it."
@@ -66,7 +74,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import llmkern
     from llmkern import data
     from llmkern.distill.training import Settings, train
-    from llmkern.state import parts_in
 
     # All that can be refused is refused before the first long step.
     if args.drop_layers == (args.teacher is not None):
@@ -74,14 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     refuse_foreign(args.out)
     if args.cache is not None and (args.kind != "forward_kl" or args.hidden != "none"):
         raise UsageError("--cache: it serves --kind forward_kl without --hidden alone")
-    state = state_folder(args.out)
-    if parts_in(state) and not args.resume:
-        raise FileExistsError(
-            f"--out {args.out}: a run that did not end, or still runs, has its state in {state}: add --resume to go on "
-            "with it, or delete that folder to start again"
-        )
-    if args.resume:
-        progress("resuming" if parts_in(state) else "nothing to resume: starting from scratch")
+    state = resume(args.out, args.resume)
     steps = args.steps or (-(-args.tokens // (args.batch * args.seqlen)) if args.tokens else 200)
     settings = Settings(steps, args.batch, args.lr, dtype=args.dtype, seed=args.seed)
     text = data.read_text(args.text)

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmkern.blocks import find_lists, hidden_state
+from llmkern.blocks import hidden_state
 from llmkern.distill.heads import text_config
+from llmkern.prune.rebuild import only_blocks
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -52,7 +53,7 @@ class HiddenLoss:
                 f"DistillWrapper: hidden={kind!r} compares hidden states: the student must be as wide as the teacher "
                 f"({widths[1]}), got {widths[0]}"
             )
-        mine, theirs = the_blocks(student, "DistillWrapper"), the_blocks(teacher, "DistillWrapper")
+        mine, theirs = (only_blocks(model, "DistillWrapper")[1] for model in (student, teacher))
         self.pairs = (
             [(int(s), int(t)) for s, t in layers] if layers is not None else _pairs(kind, len(mine), len(theirs))
         )
@@ -104,15 +105,6 @@ def outputs_of(blocks: Mapping[int, nn.Module], found: dict[int, Tensor]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def the_blocks(model: nn.Module, caller: str) -> nn.ModuleList:
-    """The one list of a model's blocks. ValueError where there is none, or several (an encoder and a decoder)."""
-    lists = find_lists(model)
-    if len(lists) != 1:
-        names = ", ".join(name for name, _ in lists) or "none"
-        raise ValueError(f"{caller}: {type(model).__name__} must have one list of blocks, got {names}")
-    return lists[0][1]
 
 
 def _pairs(kind: str, student: int, teacher: int) -> list[tuple[int, int]]:

@@ -55,12 +55,12 @@ class TeacherCache:
         )
         self.classes = int(settings["classes"])
         self._parts: list[dict[str, Any]] = manifest["parts"]
-        self._shards: dict[int, Any] = {}
+        self._checked: dict[int, Any] = {}
         self._places: dict[bytes, tuple[int, int, int]] = {}  # key: shard, first and last position
         self._order: list[bytes] = []
         self._batches: list[int] = []
         for number in range(len(self._parts)):
-            shard = self._shard(number)
+            shard = self._open(number)
             starts = shard.get_tensor("starts").tolist()
             for at, key in enumerate(shard.get_tensor("keys").numpy()):
                 self._places.setdefault(key.tobytes(), (number, starts[at], starts[at + 1]))
@@ -177,18 +177,21 @@ class TeacherCache:
         return Rows(ids.long(), indices, log_probs)
 
     def _shard(self, number: int) -> Any:
-        """The shard, mapped into memory."""
+        """The shard, mapped into memory; its checksum was compared."""
+        if number not in self._checked:
+            entry = self._parts[number]
+            check_part(self.folder / entry["file"], entry, f"{CALLER} {self.folder}")
+            self._checked[number] = self._open(number)
+        return self._checked[number]
+
+    def _open(self, number: int) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        if number not in self._shards:
-            entry = self._parts[number]
-            path = self.folder / entry["file"]
-            check_part(path, entry, f"{CALLER} {self.folder}")
-            try:
-                self._shards[number] = safe_open(path, "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{CALLER} {self.folder}: {path.name} cannot be read: {error}") from None
-        return self._shards[number]
+        path = self.folder / self._parts[number]["file"]
+        try:
+            return safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{CALLER} {self.folder}: {path.name} cannot be read: {error}") from None
 
 
 def keys_of(batch: Mapping[str, Any]) -> list[bytes]:
