@@ -1,4 +1,4 @@
-"""drop_layers: the student computes what its teacher does without the dropped blocks, and stock transformers loads it."""
+"""drop_layers: the student computes what its teacher does without the dropped blocks, and stock models load it."""
 
 import copy
 
@@ -15,11 +15,9 @@ from distill_models import HEADS  # noqa: E402
 
 FOUR = {"gpt2": {"n_layer": 4}, "distilbert": {"n_layers": 4}}
 BLOCKS = {
-    "gpt2": "transformer.h",
-    "bert": "bert.encoder.layer",
-    "distilbert": "distilbert.transformer.layer",
+    "gpt2": "transformer.h", "bert": "bert.encoder.layer", "distilbert": "distilbert.transformer.layer",
     "opt": "model.decoder.layers",
-}
+}  # fmt: skip
 
 
 def of_four(kind):
@@ -31,11 +29,16 @@ def skipping(model, blocks, kept):
     model = copy.deepcopy(model)
     for number, block in enumerate(model.get_submodule(blocks)):
         if number not in kept:
-            whole = block.forward
-            block.forward = lambda x, *args, _whole=whole, **kwargs: (
-                (x, *out[1:]) if isinstance(out := _whole(x, *args, **kwargs), tuple) else x
-            )
+            block.forward = handing_on(block.forward)
     return model
+
+
+def handing_on(forward):
+    def through(x, *args, **kwargs):
+        output = forward(x, *args, **kwargs)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    return through
 
 
 @pytest.mark.parametrize("kept", [[0, 2], [1, 2, 3], [3], [0, 1, 2, 3], None])
