@@ -149,6 +149,18 @@ def hidden_state(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
+def tokens_of(x: Tensor, rows: Tensor) -> Tensor | None:
+    """The tokens of x [batch, length, K] or [batch * length, K] where rows, bool [batch, length], is True: [T, K].
+
+    None when x is laid out in another way.
+    """
+    if x.ndim > 2 and x.shape[:2] == rows.shape:
+        return x[rows.to(x.device)]
+    if x.ndim == 2 and len(x) == rows.numel():
+        return x[rows.reshape(-1).to(x.device)]
+    return None
+
+
 def stopped(run: Callable[[], Any]) -> Any:
     """`run()`, which a `Stop` may end early."""
     try:
@@ -270,12 +282,10 @@ class SharedInputs:
         rows = self.rows
         if rows is None or self.layers[name] in self.routed or self.layers[name] in self._replayed:
             return x
-        if x.ndim > 2 and x.shape[:2] == rows.shape:
-            return x[rows.to(x.device)]
-        if x.ndim == 2 and len(x) == rows.numel():
-            return x[rows.reshape(-1).to(x.device)]
-        self.unmasked.add(name)
-        return x
+        kept = tokens_of(x, rows)
+        if kept is None:
+            self.unmasked.add(name)
+        return x if kept is None else kept
 
     def _weight(self, name: str, x: Tensor) -> Tensor | None:
         """fp32 [..., 1]: how much each token of x counts, for the layer and those that share its input."""

@@ -18,53 +18,56 @@ BATCH = 8
 Calibration = Tensor | Iterable[Any] | Callable[[nn.Module], Any]
 
 
-def calls_of(model: nn.Module, calibration: Any) -> list[Call]:
-    """Calibration in any accepted form as calls of the model. ValueError if it has no tokens."""
+def calls_of(model: nn.Module, calibration: Any, caller: str = "compress") -> list[Call]:
+    """Calibration in any accepted form as calls of the model. ValueError if it has no tokens.
+
+    caller: the function that errors name.
+    """
     if calibration is None:
-        raise ValueError("compress: this recipe needs calibration: token ids [n, L], batches, or a callable")
+        raise ValueError(f"{caller}: calibration is needed: token ids [n, L], batches, or a callable")
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2:
-            raise ValueError(f"compress: calibration token ids must be [n, L], got {list(calibration.shape)}")
+            raise ValueError(f"{caller}: calibration token ids must be [n, L], got {list(calibration.shape)}")
         if calibration.is_floating_point() or calibration.dtype == torch.bool:
             got = f"got {calibration.dtype} (other inputs: a list of batches, or a callable that runs the model)"
-            raise TypeError(f"compress: calibration token ids must be integers, {got}")
+            raise TypeError(f"{caller}: calibration token ids must be integers, {got}")
         calls = [Call((ids,), {}) for ids in calibration.split(BATCH)] if calibration.numel() else []
     elif callable(calibration):
-        calls = _record(model, calibration)
+        calls = _record(model, calibration, caller)
     else:
-        calls = [_as_call(batch) for batch in calibration]
+        calls = [_as_call(batch, caller) for batch in calibration]
     calls = [call for call in calls if count_tokens(call)]
     if not calls:
-        raise ValueError("compress: zero calibration tokens")
+        raise ValueError(f"{caller}: zero calibration tokens")
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = getattr(embeddings, "num_embeddings", None)
     for call in calls:
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         if rows and isinstance(ids, Tensor) and not ids.is_floating_point() and not 0 <= ids.min() <= ids.max() < rows:
-            raise ValueError(f"compress: calibration token ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
+            raise ValueError(f"{caller}: calibration token ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return [move_call(call, home) for call in calls]
 
 
-def _as_call(batch: Any) -> Call:
+def _as_call(batch: Any, caller: str) -> Call:
     if isinstance(batch, Tensor):
         return Call((batch,), {})
     if isinstance(batch, Mapping):
         # Labels only cost a loss; a cache would grow from call to call.
         dropped = ("labels", "use_cache", "past_key_values")
         return Call((), {key: value for key, value in batch.items() if key not in dropped})
-    raise TypeError(f"compress: a calibration batch must be a tensor or a mapping, got {type(batch).__name__}")
+    raise TypeError(f"{caller}: a calibration batch must be a tensor or a mapping, got {type(batch).__name__}")
 
 
-def _record(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Call]:
+def _record(model: nn.Module, run: Callable[[nn.Module], Any], caller: str) -> list[Call]:
     """The calls of the model that `run(model)` makes."""
     calls: list[Call] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length():
-            raise ValueError("compress: the calibration callable runs the model with a cache; pass use_cache=False")
-        calls.append(Call(args, dict(_as_call(kwargs).kwargs)))
+            raise ValueError(f"{caller}: the calibration callable runs the model with a cache; pass use_cache=False")
+        calls.append(Call(args, dict(_as_call(kwargs, caller).kwargs)))
 
     handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
