@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,16 @@ def planned(model: nn.Module, plan: StructuredPlan, caller: str) -> Cut:
         if (most := max(max(getattr(block, what)) for block in plan.blocks)) >= part.units:
             raise ValueError(f"{caller}: the plan keeps number {most} of the {part.units} {what} of {name}")
         found[what] = part
+        layouts = {_even(block.heads or (), part) for block in plan.blocks} if what == "heads" else set()
+        if None in layouts or len(layouts) > 1:
+            raise ValueError(f"{caller}: the plan must keep as many query heads of each key-value head in every block")
     cut = Cut(model, name, plan.blocks, indices, found["channels"], found["heads"])
     if dict(plan.config) != (changes := cut.changes()):
         raise ValueError(f"{caller}: the plan changes the configuration by {dict(plan.config)}, wanted {changes}")
     return cut
+
+
+def _even(heads: Sequence[int], part: Part) -> tuple[int, int] | None:
+    """How many key-value heads stay, and how many query heads of each; None if that differs."""
+    counts = Counter(head // part.shared for head in heads)
+    return (len(counts), counts[min(counts)]) if len(set(counts.values())) == 1 else None

@@ -49,15 +49,13 @@ def apply_structured(
     if found := fingerprint.differences(dict(plan.model), fingerprint.of_model(model)):
         raise ValueError(f"{CALLER}: the plan is for another model: {'; '.join(found)}")
     cut = planned(model, plan, CALLER)
-    small = cut.skeleton(CALLER)
+    small = rebuild.fill(cut.skeleton(CALLER), model, cut.tensors())
     report = StructuredReport() if report is None else report
-    with calm(model):
-        walk = None if calibration is None and restore == "none" else Walk(model, calibration, CALLER)
-        rebuild.fill(small, model, cut.tensors())
-        if walk is not None:
-            with calm(small), Store(activation_budget) as hidden:
-                walk.enter(hidden)
-                Restoration(cut, small, walk, hidden, report).run(damp if restore == "ls" else None, progress)
+    if calibration is not None or restore == "ls":
+        with calm(model, small), Store(activation_budget) as hidden:
+            walk = Walk(model, calibration, CALLER)
+            walk.enter(hidden)
+            Restoration(cut, small, walk, hidden, report).run(damp if restore == "ls" else None, progress)
     kept = set(cut.indices)
     report.blocks_removed = [f"{cut.name}.{k}" for k in range(len(cut.all_blocks())) if k not in kept]
     report.parameters_before, report.parameters_after = (

@@ -99,7 +99,12 @@ class _Choice:
                 output, seen = walk.run(block, call, {name: block.get_submodule(name) for name in readers})
                 for name, (x, _) in seen.items():
                     tokens = walk_.counted(at, x)
-                    hessians.setdefault(name, Hessian(tokens.shape[-1], tokens.device)).add(tokens)
+                    if name not in hessians:
+                        hessians[name] = Hessian(tokens.shape[-1], tokens.device)
+                    try:
+                        hessians[name].add(tokens)
+                    except ValueError as error:
+                        raise ValueError(f"{CALLER}: the input of {walk_.name}.{k}.{name}: {error}") from None
                 before, after = walk_.counted(at, walk_.state(at, hidden)), walk_.counted(at, output)
                 cosines += float(nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum())
                 count += len(before)
