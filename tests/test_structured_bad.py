@@ -107,7 +107,7 @@ def test_packed_layers_and_plain_modules(no_work):
 @pytest.mark.parametrize(
     ("calibration", "error", "message"),
     [
-        (None, ValueError, "calibration is needed"),
+        (None, ValueError, "needs calibration"),
         ([], ValueError, "zero calibration tokens"),
         (torch.zeros(2, 0, dtype=torch.int64), ValueError, "zero calibration tokens"),
         (torch.zeros(2, 3), TypeError, "must be integers"),
