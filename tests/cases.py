@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from loss_cases import KL_CASES
 from torch import Tensor
 
 from llmkern import testing
@@ -327,4 +328,5 @@ CASES: dict[str, list] = {
     "gptq_block": GPTQ_CASES,
     "sparsegpt_block": SPARSEGPT_CASES,
     "scale_search": SEARCH_CASES,
+    "linear_kl_div": KL_CASES,
 }

@@ -12,7 +12,7 @@ from llmkern._why import why
 from llmkern.ops._tuning import autotune
 
 if TYPE_CHECKING:
-    from llmkern import checkpoints, solvers
+    from llmkern import checkpoints, distill, prune, solvers
     from llmkern.checkpoint import load, save
     from llmkern.patching import patch, unpatch
     from llmkern.pipeline import compress
@@ -28,6 +28,7 @@ __all__ = [
     "autotune",
     "checkpoints",
     "compress",
+    "distill",
     "force",
     "formats",
     "hf",
@@ -36,6 +37,7 @@ __all__ = [
     "ops",
     "patch",
     "plan",
+    "prune",
     "save",
     "solvers",
     "stream",
@@ -60,7 +62,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoints", "solvers"):
+    if name in ("checkpoints", "distill", "prune", "solvers"):
         return importlib.import_module(f"llmkern.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'llmkern' has no attribute {name!r}")

@@ -110,18 +110,20 @@ class Op:
 
         return add
 
-    def native(self, call: Callable[..., Any]) -> None:
+    def native(self, call: Callable[..., Any], **fields: Any) -> None:
         """Add one row per CPU level that has a native kernel of this op, best level first.
 
-        `call(function, *args)` turns tensors into pointers and calls the native `function`.
+        `call(function, *args)` turns tensors into pointers and calls the native `function`; `fields` are of every row.
         """
         if _features.native is None:
-            self.kernel("cpu.native", "cpu", reason=_features.native_error)(call)
+            self.kernel("cpu.native", "cpu", reason=_features.native_error, **fields)(call)
             return
         built = getattr(_features.native, self.name)
         for row in reversed(_features.levels()):
             if function := getattr(built, row.name, None):
-                self.kernel(f"cpu.{row.name}", "cpu", level=row.name, reason=row.reason)(partial(call, function))
+                self.kernel(f"cpu.{row.name}", "cpu", level=row.name, reason=row.reason, **fields)(
+                    partial(call, function)
+                )
 
     def pick(self, *args: Any) -> Kernel:
         """The kernel that runs on these arguments."""

@@ -30,28 +30,35 @@ def fingerprint(
     return {
         "llmkern": __version__,
         "torch": torch.__version__,
-        "model": of_model(model, values=values),
+        "model": about_model(model, values=values),
         "recipe": recipe.to_dict(),
-        "calibration": _digest([list(call.args), call.kwargs] for call in calls),
+        "calibration": digest_of([list(call.args), call.kwargs] for call in calls),
         "device": "where the blocks are" if device is None else device.type,
     }
 
 
-def of_model(model: nn.Module, *, values: bool = True) -> dict[str, Any]:
-    """A JSON object: the model's class, and digests of its configuration and tensors; `values` as in `fingerprint`."""
+def about_model(model: nn.Module, *, values: bool = True) -> dict[str, Any]:
+    """Class, and digests of configuration, tensors and, with `values`, numbers: the model's part of a fingerprint."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     about = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "config": _digest(_config(model)),
-        "tensors": _digest([name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors),
+        "config": digest_of(_config(model)),
+        "tensors": digest_of([name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors),
     }
     if values:
         if is_streamed(model):
-            about["values"] = _digest(map(_digest, values_of(model)))
+            about["values"] = digest_of(map(digest_of, values_of(model)))
         else:
             with ThreadPoolExecutor(READERS) as pool:  # hashing lets go of the interpreter
-                about["values"] = _digest(pool.map(_digest, (tensor for _, tensor in tensors)))
+                about["values"] = digest_of(pool.map(digest_of, (tensor for _, tensor in tensors)))
     return about
+
+
+def digest_of(value: Any) -> str:
+    """32 hexadecimal digits that tell tensors, numbers, texts, and lists and dicts of them from any others."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()[:32]
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
@@ -69,12 +76,6 @@ def _config(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     found = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
     return {key: value for key, value in found.items() if key not in ("_name_or_path", "transformers_version")}
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:32]
 
 
 def _feed(digest: Any, value: Any) -> None:

@@ -1,12 +1,13 @@
-"""State: the finished parts of a compression on disk, so that a run that was killed goes on where it was.
+"""State: the finished parts of a run on disk, so that one that was killed goes on where it was.
 
     state.json            the fingerprint of the run, what it runs on, and the parts in order with their checksums
-    0000.safetensors ...  a part: the packed layers of one block, or of one group outside the blocks (`llmkern.solved`)
+    0000.safetensors ...  a part: of a compression the packed layers of one block, or of one group outside the blocks
+                          (`llmkern.solved`); of other runs whatever tensors they keep
     lock                  held by the process that writes here
 
 A part is flushed before state.json names it, and both appear by a rename: whenever the process dies, state.json names
-whole parts only. Hidden states are not kept: what finished blocks hand on is computed again from their packed weights,
-one forward per block, which gives the same bits and costs an unbroken run nothing.
+whole parts only. A compression keeps no hidden states: what finished blocks hand on is computed again from their packed
+weights, one forward per block, which gives the same bits and costs an unbroken run nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from llmkern._files import replace_file
+from torch import Tensor
+
+from llmkern import weight_writer
+from llmkern._files import digest, flush, replace_file
 from llmkern.fingerprint import differences
 from llmkern.report import machine
 from llmkern.solved import Solved, encode
@@ -55,10 +59,13 @@ class State:
 
     FileExistsError for a folder of something else, BlockingIOError while another process writes there, ValueError for
     the state of another run (its message says what differs) or a damaged one, OSError where nothing can be written.
+    `argument` is what its caller calls the folder: errors name it.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: dict[str, Any], ranks: int = 1) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, fingerprint: dict[str, Any], ranks: int = 1, argument: str = "state_dir"
+    ) -> None:
+        self.folder, self.argument = Path(folder), argument
         self.notes: tuple[str, ...] = ()
         self._manifest: dict[str, Any] = {"parts": []}
         self._lock = self._acquire()
@@ -81,16 +88,47 @@ class State:
 
     def read(self, part: str) -> bytes:
         """The bytes of a part, whose checksum was right when the state was opened."""
+        return self.path(part).read_bytes()
+
+    def path(self, part: str) -> Path:
+        """The file of a part, whose checksum was right when the state was opened."""
         (entry,) = (entry for entry in self._manifest["parts"] if entry["name"] == part)
-        return (self.folder / entry["file"]).read_bytes()
+        return self.folder / entry["file"]
 
     def write(self, part: str, solved: Mapping[str, Solved]) -> None:
         """Make a part durable. OSError if it cannot be written; the parts before it stay."""
-        data = encode(solved)
-        file = f"{len(self.parts):04}.safetensors"
+        data, file = encode(solved), self._next_file()
         entry = {"name": part, "file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self._replace(file, data)
         self._manifest = self._commit({**self._manifest, "parts": [*self._manifest["parts"], entry]})
+
+    def write_tensors(self, part: str, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
+        """Make tensors a durable part, as a safetensors file; alone: then forget the parts before it.
+
+        OSError if it cannot be written; the parts before it stay.
+        """
+        path = self.folder / self._next_file()
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            whole = weight_writer.write(temporary, tensors, {}).whole
+            size = temporary.stat().st_size
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(self.folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)  # gives a full disk its room back
+            raise self._unwritten(path.name, error) from error
+        entry = {"name": part, "file": path.name, "bytes": size, "sha256": whole}
+        before = self._manifest["parts"]
+        self._manifest = self._commit({**self._manifest, "parts": [entry] if alone else [*before, entry]})
+        if alone:
+            for file in self.folder.glob("*.safetensors"):
+                if file.name != entry["file"]:
+                    file.unlink()
+
+    def _next_file(self) -> str:
+        parts = self._manifest["parts"]
+        return f"{int(parts[-1]['file'].partition('.')[0]) + 1 if parts else 0:04}.safetensors"
 
     def close(self) -> None:
         """Let go of the folder, and of one without parts leave nothing."""
@@ -114,7 +152,7 @@ class State:
             except BlockingIOError:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
-                raise BlockingIOError(f"state_dir {self.folder}: in use by another process ({holder})") from None
+                raise BlockingIOError(f"{self.argument} {self.folder}: in use by another process ({holder})") from None
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}\n")
             lock.flush()
@@ -122,17 +160,19 @@ class State:
             if error.errno is None:  # one of ours
                 raise
             where = error.filename or self.folder / LOCK
-            raise type(error)(error.errno, f"state_dir {self.folder}: {where}: {error.strerror}") from None
+            raise type(error)(error.errno, f"{self.argument} {self.folder}: {where}: {error.strerror}") from None
         return lock
 
     def _refuse_foreign(self) -> None:
         others = [path.name for path in self.folder.iterdir() if not OURS.fullmatch(path.name)]
         if others:
-            raise FileExistsError(f"state_dir {self.folder}: holds {min(others)}, so it is no state; choose another")
+            raise FileExistsError(
+                f"{self.argument} {self.folder}: holds {min(others)}, so it is no state; choose another"
+            )
 
     def _open(self, fingerprint: dict[str, Any], running: dict[str, Any]) -> dict[str, Any]:
         path = self.folder / MANIFEST
-        manifest = _read_manifest(path) if path.exists() else {"parts": []}
+        manifest = read_manifest(path, self.argument) if path.exists() else {"parts": []}
         if not manifest["parts"]:
             fresh: dict[str, Any] = {
                 "version": STATE_VERSION,
@@ -143,7 +183,7 @@ class State:
             return self._commit(fresh)
         if differ := differences(manifest["fingerprint"], fingerprint):
             more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
-            raise ValueError(f"state_dir {self.folder}: of another run: {'; '.join(differ[:3])}{more}")
+            raise ValueError(f"{self.argument} {self.folder}: of another run: {'; '.join(differ[:3])}{more}")
         whole = self._whole_parts(manifest["parts"])
         if lost := len(manifest["parts"]) - len(whole):
             gone = manifest["parts"][len(whole)]["file"]
@@ -162,13 +202,9 @@ class State:
             path = self.folder / entry["file"]
             if not path.exists():
                 return parts[:count]
-            got, size = _checksum(path)
-            if got != entry["sha256"]:
-                raise ValueError(
-                    f"state_dir {self.folder}: {entry['file']} ({entry['name']}) is damaged: wanted {entry['bytes']} "
-                    f"bytes of sha256 {entry['sha256'][:12]}, got {size} of {got[:12]}; delete that file to go on from "
-                    "the part before it"
-                )
+            check_part(
+                path, entry, f"{self.argument} {self.folder}", "; delete that file to go on from the part before it"
+            )
         return parts
 
     def _commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -180,17 +216,30 @@ class State:
         try:
             replace_file(self.folder / file, data)
         except OSError as error:
-            text = f"state_dir {self.folder}: {file} ({len(data)} bytes) cannot be written: {error.strerror or error}"
-            raise OSError(error.errno, f"{text}; {len(self._manifest['parts'])} parts before it are kept") from error
+            raise self._unwritten(f"{file} ({len(data)} bytes)", error) from error
+
+    def _unwritten(self, what: str, error: OSError) -> OSError:
+        text = f"{self.argument} {self.folder}: {what} cannot be written: {error.strerror or error}"
+        return OSError(error.errno, f"{text}; {len(self._manifest['parts'])} parts before it are kept")
 
 
 def parts_in(folder: Path) -> int:
     """How many parts a state folder names; 0 where there is no state. ValueError if its state.json is damaged."""
     path = folder / MANIFEST
-    return len(_read_manifest(path)["parts"]) if path.exists() else 0
+    return len(read_manifest(path)["parts"]) if path.exists() else 0
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def check_part(path: Path, entry: Mapping[str, Any], where: str, advice: str = "") -> None:
+    """ValueError, which begins with `where` and ends with `advice`, for a file that is not what was written."""
+    if (got := digest(path)) != entry["sha256"]:
+        raise ValueError(
+            f"{where}: {entry['file']} ({entry['name']}) is damaged: wanted {entry['bytes']} bytes of sha256 "
+            f"{entry['sha256'][:12]}, got {path.stat().st_size} of {got[:12]}{advice}"
+        )
+
+
+def read_manifest(path: Path, argument: str = "state_dir") -> dict[str, Any]:
+    """What a state.json holds. ValueError, which begins with `argument` and the folder, if it is damaged."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
@@ -202,10 +251,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             if not whole or not isinstance(manifest["fingerprint"], dict) or not manifest["running"]:
                 raise ValueError("fields are missing")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        text = f"state_dir {path.parent}: {path.name} is damaged: {error}; delete the folder to start again"
+        text = f"{argument} {path.parent}: {path.name} is damaged: {error}; delete the folder to start again"
         raise ValueError(text) from None
     if version != STATE_VERSION:
-        raise ValueError(f"state_dir {path.parent}: {path.name} has version {version!r}, wanted {STATE_VERSION}")
+        raise ValueError(f"{argument} {path.parent}: {path.name} has version {version!r}, wanted {STATE_VERSION}")
     return manifest
 
 
@@ -214,13 +263,3 @@ def _running(ranks: int) -> dict[str, Any]:
     about = machine()
     transformers = getattr(sys.modules.get("transformers"), "__version__", None)
     return {"cpu": about["cpu"], "threads": about["threads"], "ranks": ranks, "transformers": transformers}
-
-
-def _checksum(path: Path) -> tuple[str, int]:
-    """sha256 and size of a file."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return digest.hexdigest(), size

@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from llmkern_cli import bench, compress, convert, demo, env, evaluate, inspect, plan, verify
+from llmkern_cli import bench, compress, convert, demo, distill, env, evaluate, inspect, plan, prune, verify
 from llmkern_cli._common import UsageError
 
-COMMANDS: tuple[ModuleType, ...] = (env, plan, compress, evaluate, bench, inspect, verify, convert, demo)
+COMMANDS: tuple[ModuleType, ...] = (
+    env, plan, compress, prune, distill, evaluate, bench, inspect, verify, convert, demo,
+)  # fmt: skip
 
 # Their own text says what is wrong; of any other exception the kind is needed as well to understand the line.
 _PLAIN_ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
@@ -45,7 +47,7 @@ def version() -> str:
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
-        prog="llmkern", description="Prune and quantize language models, and run the result on native kernels."
+        prog="llmkern", description="Prune, quantize and distil language models, and run the result on native kernels."
     )
     top.add_argument("--version", action="version", version=f"llmkern {version()}")
     shared = argparse.ArgumentParser(add_help=False)

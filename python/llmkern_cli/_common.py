@@ -34,6 +34,33 @@ def at_least(least: int) -> Any:
     return convert
 
 
+def number(*, above: float | None = None, least: float | None = None) -> Any:
+    """An argparse type: a finite float greater than `above`, or of at least `least`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wanted a number, got {text!r}") from None
+        if above is not None and not above < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"wanted more than {above}, got {text}")
+        if least is not None and not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"wanted at least {least}, got {text}")
+        return value
+
+    return convert
+
+
+def calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which windows of which text calibrate."""
+    parser.add_argument(
+        "--calibration", default="builtin", metavar="builtin|FILE|hf:NAME", help="its first three quarters are used"
+    )
+    parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
+    parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
+
+
 def progress(text: str) -> None:
     """One line to stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -120,6 +147,27 @@ def refuse_foreign(out: Path, marker: str = "llmkern.json") -> None:
         raise FileExistsError(f"--out {out}: exists and is not a folder")
     if any(out.iterdir()) and not (out / marker).is_file():
         raise FileExistsError(f"--out {out}: exists and is not from llmkern (no {marker} in it); nothing was written")
+
+
+def state_folder(out: Path) -> Path:
+    """Where a run keeps what it has finished until `out` is whole: a hidden folder beside it."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.llmkern-state")
+
+
+def resume(out: Path, asked: bool) -> Path:
+    """The state folder of a run that writes `out`. FileExistsError where there is one that nobody asked to resume."""
+    from llmkern.state import parts_in
+
+    state = state_folder(out)
+    if (parts := parts_in(state)) and not asked:
+        raise FileExistsError(
+            f"--out {out}: a run that did not end, or still runs, has {parts} finished parts in {state}: "
+            "add --resume to go on with it, or delete that folder to start again"
+        )
+    if asked:
+        progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
+    return state
 
 
 def compress_into(out: Path, model: Any, tokenizer: Any, recipe: Recipe, windows: Any) -> Report:

@@ -61,7 +61,12 @@ def cases() -> dict[str, tuple]:
         "bitmask_linear": formats.BitmaskWeight.pack(weight * (weight.abs() > 0.6)),
     }
     bias = torch.randn(N, generator=random)
-    return {**{op: linear_args(op, x, w, bias) for op, w in packed.items()}, **_blocks(weight, random)}
+    loss = (
+        x, weight, bias, x + 1, weight, bias, None, None, torch.arange(M), "jsd", 0.3, 2.0, 4.0, 0.5, 30.0, None, True,
+        -100, None, None, [True, True, True],
+    )  # fmt: skip
+    linear = {op: linear_args(op, x, w, bias) for op, w in packed.items()}
+    return {**linear, **_blocks(weight, random), "linear_kl_div": loss}
 
 
 def _blocks(weight: Tensor, random: torch.Generator) -> dict[str, tuple]:

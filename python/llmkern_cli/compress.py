@@ -14,11 +14,13 @@ from llmkern_cli import plan
 from llmkern_cli._common import (
     Number,
     UsageError,
-    at_least,
+    calibration_arguments,
     progress,
     quiet_transformers,
     recipe_of,
     refuse_foreign,
+    resume,
+    state_folder,
 )
 
 if TYPE_CHECKING:
@@ -34,11 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, a .gguf file, a hub id, or smollm2")
     parser.add_argument("--recipe", required=True, metavar="R", help="a short form such as gptq-int4-g128, or a file")
     parser.add_argument("--out", metavar="DIR", type=Path, help="a new folder, or one of ours")
-    parser.add_argument(
-        "--calibration", default="builtin", metavar="builtin|FILE|hf:NAME", help="its first three quarters are used"
-    )
-    parser.add_argument("--samples", type=at_least(1), default=128, metavar="N", help="windows (%(default)s)")
-    parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
+    calibration_arguments(parser)
     parser.add_argument(
         "--experts", choices=("routed", "all"),
         help="of a mixture: calibrate each expert from the tokens routed to it, or from all (default: the recipe's)",
@@ -48,7 +46,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what an error of a layer is measured by: what it does to the model's outputs, which takes a backward "
         "pass, or the layer's own squared error (default: the recipe's, which is model for gptq and sparsegpt)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S", help="of the windows' starts (%(default)s)")
     parser.add_argument(
         "--stream", choices=("auto", "on", "off"), default="auto",
         help="leave a folder's weights in its files, but for one block at a time (auto: when they would take more than "
@@ -82,19 +79,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 def _run(args: argparse.Namespace, device: Any) -> dict[str, Any]:
     """As the first rank, or the only one: refuses, compresses and saves."""
     import llmkern
-    from llmkern.state import parts_in
 
     # All that can be refused is refused before the first long step.
     recipe_of(args)
     refuse_foreign(args.out)
-    state = state_folder(args.out)
-    if (parts := parts_in(state)) and not args.resume:
-        raise FileExistsError(
-            f"--out {args.out}: a run that did not end, or still runs, has {parts} finished parts in {state}: "
-            "add --resume to go on with it, or delete that folder to start again"
-        )
-    if args.resume:
-        progress(f"resuming after {parts} finished parts" if parts else "nothing to resume: starting from scratch")
+    state = resume(args.out, args.resume)
     model, tokenizer, windows = _load(args)
     start = time.perf_counter()
     report = _compress(args, model, windows, device)
@@ -126,12 +115,6 @@ def _compress(args: argparse.Namespace, model: Any, windows: Any, device: Any) -
 
     state = state_folder(args.out)
     return llmkern.compress(model, recipe_of(args), windows, device=device, state_dir=state, strict=args.strict)
-
-
-def state_folder(out: Path) -> Path:
-    """Where a run keeps what it has finished until `out` is whole: a hidden folder beside it."""
-    out = out.absolute()
-    return out.with_name(f".{out.name}.llmkern-state")
 
 
 def _streamed(name: str, asked: str, recipe: Any) -> str:

@@ -1,4 +1,4 @@
-"""The functional kernels: each takes x [..., K] and a packed weight, and returns [..., N] in x's dtype.
+"""The functional kernels. A linear op takes x [..., K] and a packed weight, and returns [..., N] in x's dtype.
 
 x is fp32, bf16 or fp16, of any leading shape (M may be 0) and any strides; gradients flow to x and bias, never to
 packed weights. Each op is also `torch.ops.llmkern.<name>` on plain tensors. Which kernel runs:
@@ -24,17 +24,21 @@ from llmkern.ops import scale_search as _scale_search
 from llmkern.ops import sparse24_int4_linear as _sparse24_int4_linear
 from llmkern.ops import sparse24_linear as _sparse24_linear
 from llmkern.ops import sparsegpt_block as _sparsegpt_block
+from llmkern.ops.linear_kl_div.functions import DistillLoss, linear_kl_div, linear_kl_div_topk
 
 if TYPE_CHECKING:
     from llmkern.formats import BitmaskWeight, Int4Weight, Int8Weight, PackedWeight, Sparse24Int4Weight, Sparse24Weight
 
 __all__ = [
+    "DistillLoss",
     "bitmask_linear",
     "gptq_block",
     "int4_linear",
     "int8_dynamic_linear",
     "int8_linear",
     "linear",
+    "linear_kl_div",
+    "linear_kl_div_topk",
     "scale_search",
     "sparse24_int4_linear",
     "sparse24_linear",

@@ -14,7 +14,7 @@ from llmkern.prune import rebuild
 PER_BLOCK = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
 
 
-def keep_blocks(model: nn.Module, indices: Sequence[int]) -> Any:
+def keep_blocks(model: nn.Module, indices: Sequence[int], *, caller: str = "keep_blocks") -> Any:
     """A new model of the same class with copies of the blocks at `indices`, and of everything outside the blocks.
 
     model: a transformers decoder or encoder with one list of blocks, dense and on one device; it is not changed.
@@ -26,11 +26,11 @@ def keep_blocks(model: nn.Module, indices: Sequence[int]) -> Any:
     (an encoder-decoder), packed layers, or a block that its new place would make another one (one whose window or scale
     follows from its number). TypeError: no transformers model, or indices that are no ints.
     """
-    rebuild.refuse_unless_dense(model, "keep_blocks")
-    name, blocks = rebuild.only_blocks(model, "keep_blocks")
-    kept = checked_indices(indices, len(blocks), "keep_blocks")
+    rebuild.refuse_unless_dense(model, caller)
+    name, blocks = rebuild.only_blocks(model, caller)
+    kept = checked_indices(indices, len(blocks), caller)
     small = rebuild.skeleton(model, rebuild.smaller_config(model, depth_changes(model, kept)))
-    refuse_other_blocks(blocks, small, name, kept, "keep_blocks")
+    refuse_other_blocks(blocks, small, name, kept, caller)
     return rebuild.fill(small, model, {key: value.clone() for key, value in of_kept(model, name, kept).items()})
 
 

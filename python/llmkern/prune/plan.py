@@ -30,7 +30,7 @@ class KeptBlock:
 class StructuredPlan:
     """What stays of a model. Frozen; `to_json` and `load` give the same plan again.
 
-    method: how it was chosen. model: the fingerprint of the model that it is for (`llmkern.fingerprint.of_model`).
+    method: how it was chosen. model: the fingerprint of the model that it is for (`llmkern.fingerprint.about_model`).
     config: the entries of the configuration that change. channel_reader, head_reader: the layers within a block whose
     inputs get narrower, None where none do. influence: of every block of the model, 1 - cos of its input and output,
     where blocks were chosen by it (ShortGPT, arXiv 2403.03853).

@@ -46,7 +46,7 @@ def apply_structured(
     if not damp > 0:
         raise ValueError(f"{CALLER}: damp must be > 0, got {damp}")
     rebuild.refuse_unless_dense(model, CALLER)
-    if found := fingerprint.differences(dict(plan.model), fingerprint.of_model(model)):
+    if found := fingerprint.differences(dict(plan.model), fingerprint.about_model(model)):
         raise ValueError(f"{CALLER}: the plan is for another model: {'; '.join(found)}")
     cut = planned(model, plan, CALLER)
     small = rebuild.fill(cut.skeleton(CALLER), model, cut.tensors())

@@ -61,7 +61,7 @@ def plan_structured(
     cut = wanted.cut(choice.kept())
     cut.skeleton(CALLER)
     return StructuredPlan(
-        method, fingerprint.of_model(model), cut.changes(), cut.kept,
+        method, fingerprint.about_model(model), cut.changes(), cut.kept,
         channel_reader=wanted.mlp.reader if wanted.mlp else None,
         head_reader=wanted.attention.reader if wanted.attention else None,
         influence=tuple(choice.influence),
