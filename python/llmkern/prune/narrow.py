@@ -29,6 +29,11 @@ class Cut:
         """The dense model's blocks."""
         return list(self.model.get_submodule(self.name).children())
 
+    def removed_after(self, at: int) -> range:
+        """The numbers of the blocks that are removed between block `at` and the next one that stays."""
+        stop = self.indices[at + 1] if at + 1 < len(self.indices) else len(self.all_blocks())
+        return range(self.indices[at] + 1, stop)
+
     def block(self, at: int) -> nn.Module:
         """The dense model's block that becomes block `at`."""
         return self.model.get_submodule(self.kept[at].name)

@@ -6,6 +6,7 @@ fitted a second time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from llmkern._progress import Progress
 from llmkern.activations import Store
 from llmkern.experts import ROUNDING
 from llmkern.nn import dense_weight, is_conv1d
+from llmkern.prune import parts
 from llmkern.prune.narrow import Cut
 from llmkern.prune.parts import Part
 from llmkern.prune.removed import Removed, StructuredReport
@@ -42,6 +44,8 @@ class Restoration:
                 self.report.rows.append(row)
                 if damp is not None:
                     self._restore(at, part, damp, row)
+            if damp is not None and (gone := self.cut.removed_after(at)):
+                self._make_up(at, gone, damp)
             if damp is not None and at + 1 < len(self.small):
                 for number, call in enumerate(self._calls(at)):
                     self.hidden.put(number, run(block, call, {})[0])
@@ -75,6 +79,27 @@ class Restoration:
                 f" by {off:.1e} of its output: its layers are not connected as their names say"
             )
 
+    def _make_up(self, at: int, gone: Sequence[int], damp: float) -> None:
+        """Fit the last reader of a block to what the dense blocks up to the next one that stays give."""
+        part = parts.channels(self.cut.block(at))
+        assert isinstance(part, Part)
+        block = self.small[at]
+        layer: Any = block.get_submodule(part.reader)
+        row = Removed(f"{self.cut.name}.{at}.{part.reader}", "blocks", 1, 1 + len(gone))
+        n, k = dense_weight(layer).shape
+        fit = Fit(n, k, layer.weight.device, layer.bias is not None)
+        for number, call in enumerate(self._calls(at)):
+            wanted, _ = run(self.cut.block(at), call, {})
+            for other in gone:
+                wanted, _ = run(self.cut.all_blocks()[other], self.walk.call(other, number, wanted), {})
+            left, seen = run(block, call, {part.reader: layer})
+            x, got = seen[part.reader]
+            e = wanted.float() - left.float()
+            x, e, w = (self.walk.counted(number, tokens) for tokens in (x, e, e + got.float()))
+            fit.add(x, e, w)
+        self._correct(layer, fit, damp, row)
+        self.report.rows.append(row)
+
     def _restore(self, at: int, part: Part, damp: float, row: Removed) -> None:
         """Fit the layer that reads the part to what the dense block gives there."""
         dense, block = self.cut.block(at), self.small[at]
@@ -90,6 +115,11 @@ class Restoration:
                 fit.add(x, wanted.float() - got.float(), wanted)
             except ValueError as error:
                 raise ValueError(f"apply_structured: the input of {row.layer}: {error}") from None
+        self._correct(layer, fit, damp, row)
+
+    @staticmethod
+    def _correct(layer: Any, fit: Fit, damp: float, row: Removed) -> None:
+        """Add what was fitted to the layer, and the errors to the report."""
         found = fit.solve(damp)
         layer.weight.add_(found.weight.T if is_conv1d(layer) else found.weight)
         if found.bias is not None:
