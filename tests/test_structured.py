@@ -1,6 +1,7 @@
 """plan_structured and apply_structured on tiny models of each layout."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -134,6 +135,67 @@ def test_restoration_is_the_least_squares_of_each_block(case):
             if start.bias is not None:
                 wanted_bias = start.bias.double() + means[1] - step @ means[0]
                 torch.testing.assert_close(layer.bias.double(), wanted_bias, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [{}, {"mlp": 0.5}, {"heads": 2, "mlp": 0.75}])
+def test_the_block_before_makes_up_for_removed_ones(kept):
+    model, ids = tiny.llama(num_hidden_layers=5), tiny.token_ids(20)
+    found = keeping(plan(model, ids, blocks=3, **kept), [0, 2, 3])
+    bare = shrink(model, found, restore="none")
+    report = StructuredReport()
+    small = shrink(model, found, calibration=ids, report=report)
+    assert [row.blocks for row in report.rows if row.blocks] == [("model.layers.1",), ("model.layers.4",)]
+    assert report.blocks_removed == ["model.layers.1", "model.layers.4"]
+    assert not report.notes
+    for at, chain in ((0, [0, 1]), (2, [3, 4])):
+        restored, blocks = small.model.layers[at], [model.model.layers[k] for k in chain]
+        args, kwargs = called(small, restored, ids)
+        with torch.no_grad():
+            wanted = args[0]
+            for block in blocks:
+                wanted = block(wanted, *args[1:], **kwargs)
+            got = restored(*args, **kwargs)
+        x, out = watched(restored, "mlp.down_proj", args, kwargs)
+        left = bare.model.layers[at].mlp.down_proj.weight.detach().double()
+        # What it lacked before its own correction.
+        missing = (wanted - got).double().reshape(-1, 64) + out - x @ left.T
+        h = x.T @ x
+        h += DAMP * h.diagonal().mean() * torch.eye(len(h))
+        step = torch.linalg.solve(h, x.T @ missing).T
+        scale = step.abs().max().item()
+        assert scale > 0.01
+        change = restored.mlp.down_proj.weight.detach().double() - left
+        torch.testing.assert_close(change, step, rtol=1e-2, atol=2e-3 * scale)
+    untouched = small.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(untouched, model.model.layers[2].mlp.down_proj.weight) == (not kept)
+
+
+def keeping(found, indices):
+    """A plan with these blocks in the place of those that it keeps."""
+    blocks = [dataclasses.replace(b, name=f"model.layers.{k}") for b, k in zip(found.blocks, indices, strict=True)]
+    return dataclasses.replace(found, blocks=tuple(blocks))
+
+
+@pytest.mark.parametrize(
+    ("build", "indices", "reason"),
+    [
+        (lambda: tiny.llama(num_hidden_layers=4), [1, 2, 3], "model.layers.0: no block stands before"),
+        (lambda: tiny.mixtral(num_hidden_layers=4), [0, 1, 2], "model.layers.3: model.layers.2: its MLP is a mixture"),
+        (tiny.gemma3, [0, 2, 3], "model.layers.1: model.layers.0: what mlp.down_proj gives is not simply added"),
+    ],
+)
+def test_removed_blocks_that_nothing_makes_up_for(build, indices, reason):
+    model, ids = build(), tiny.token_ids()
+    found = keeping(plan(model, ids, blocks=3), indices)
+    if "layer_types" in found.config:
+        types = [model.config.layer_types[k] for k in indices]
+        found = dataclasses.replace(found, config={**found.config, "layer_types": types})
+    report = StructuredReport()
+    with pytest.warns(UserWarning, match=f"apply_structured: nothing makes up for {reason}"):
+        small = shrink(model, found, calibration=ids, report=report)
+    assert len(report.notes) == 1
+    assert not report.rows
+    assert torch.equal(logits(small), logits(shrink(model, found, restore="none")))
 
 
 def called(model, block, ids):
