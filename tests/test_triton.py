@@ -22,6 +22,7 @@ import llmkern
 from llmkern import _features
 from llmkern._registry import OPS
 from llmkern.ops._tiles import DECODING, block_k_of, block_m, tiles
+from llmkern.ops.linear_kl_div.reference import KINDS, RowOptions
 
 BF16, F32, I8, I32, U8 = torch.bfloat16, torch.float32, torch.int8, torch.int32, torch.uint8
 needs_triton = pytest.mark.skipif(
@@ -272,3 +273,33 @@ def test_columns_do_not_spill(name: str, capability: tuple[int, int]) -> None:
     for built in builder()(op, args, capability):
         assert built.stack == 0, f"{built.kernel} {built.constants}: {built.registers} registers and a stack"
         assert "div.rn.f32" in built.ptx or op == "sparsegpt_block", "a quotient that is not the reference's"
+
+
+def row_args(
+    kind: str, dtype: torch.dtype, *, k: int = 0, labels: bool = True, softcap: float | None = None
+) -> tuple[Any, ...]:
+    """Arguments of linear_kl_div's `rows`: 1024 rows of Llama 3's classes."""
+    n, v = 1024, 128256
+    teacher = (None, meta(n, k, dtype=torch.int64), meta(n, k)) if k else (meta(n, v, dtype=dtype), None, None)
+    labelled = meta(n, dtype=torch.int64) if labels else None
+    options = RowOptions(kind, 0.3, 2.0, 4.0, 0.5 if labels else 0.0, softcap, softcap, True, True)
+    return (meta(n, v, dtype=dtype), *teacher, labelled, options)
+
+
+LOSSES = {
+    **{kind: row_args(kind, BF16) for kind in KINDS},
+    "jsd capped": row_args("jsd", F32, softcap=30.0),
+    "skew_kl without labels": row_args("skew_kl", F32, labels=False),
+    "top-k": row_args("forward_kl", BF16, k=64),
+    "top-k capped": row_args("forward_kl", F32, k=100, softcap=30.0),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CODES, ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_do_not_spill(name: str, capability: tuple[int, int]) -> None:
+    (built,) = builder()("linear_kl_div", LOSSES[name], capability, "rows")
+    assert built.stack == 0, f"{built.kernel} {built.constants}: {built.registers} registers and a stack"
+    assert built.registers <= 64  # four programs of 8 warps on a multiprocessor: some read while others compute
+    assert "ex2.approx" in built.ptx

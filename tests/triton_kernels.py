@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton_interpreter
 from cases import BF16, CASES, DTYPES, F16, F32, I8, BlockCase, LinearCase, SearchCase, inputs, quantizes_x
+from loss_cases import LossCase
 from test_ops import expected
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from llmkern.ops.int8_dynamic_linear.triton import quantize_rows
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 import test_column_blocks as blocks
+import test_linear_kl_div as losses
 
 triton_interpreter.patch()
 
@@ -310,6 +312,11 @@ def test_of_equal_clips_the_first_wins(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("case", SEARCH, ids=str)
 def test_scale_search(case: SearchCase, generator: torch.Generator) -> None:
     blocks.test_scale_search("scale_search", "triton", case, generator)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES["linear_kl_div"] if case.rows * case.v < 20000], ids=str)
+def test_linear_kl_div(case: LossCase, generator: torch.Generator) -> None:
+    losses.test_values_and_gradients("linear_kl_div", "triton", case, generator)
 
 
 def test_what_is_not_forced_is_not_interpreted() -> None:

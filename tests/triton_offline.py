@@ -50,6 +50,9 @@ def source(fn: JITFunction, args: tuple, named: dict[str, Any]) -> ASTSource:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
+        if isinstance(value, float):
+            signature[parameter.name] = "fp32"
+            continue
         signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
         if isinstance(value, torch.Tensor) or value % 16 == 0:  # torch aligns what it allocates to more than 16 bytes
             attributes[(at,)] = [["tt.divisibility", 16]]
@@ -85,10 +88,13 @@ def launches(capability: tuple[int, int]) -> Iterator[list[tuple[JITFunction, tu
         yield recorded
 
 
-def build(op: str, args: tuple, capability: tuple[int, int]) -> list[Built]:
-    """Every kernel that the op launches for these arguments, which may be tensors without data, on the device meta."""
+def build(op: str, args: tuple, capability: tuple[int, int], function: str = "run") -> list[Built]:
+    """Every kernel that the op launches for these arguments, which may be tensors without data, on the device meta.
+
+    `function` of its Triton module is called.
+    """
     with launches(capability) as recorded:
-        import_module(f"llmkern.ops.{op}.triton").run(*args)
+        getattr(import_module(f"llmkern.ops.{op}.triton"), function)(*args)
     assert recorded, f"{op} launches nothing"
     target, built = GPUTarget("cuda", 10 * capability[0] + capability[1], 32), []
     for fn, given, named in recorded:

@@ -12,6 +12,7 @@
 #include "cpu/int4_linear/int4_linear.h"
 #include "cpu/int8_dynamic_linear/int8_dynamic_linear.h"
 #include "cpu/int8_linear/int8_linear.h"
+#include "cpu/linear_kl_div/linear_kl_div.h"
 #include "cpu/peaks/peaks.h"
 #include "cpu/scale_search/scale_search.h"
 #include "cpu/sparse24_int4_linear/sparse24_int4_linear.h"
@@ -118,6 +119,27 @@ void def_scale_search(py::module_& op, const char* level, void (*run)(const Scal
         NoGil());
 }
 
+void def_linear_kl_div(py::module_& op, const char* level, void (*run)(const LinearKlDivArgs&)) {
+    op.def(
+        level,
+        [run](Address student, int student_dtype, Address teacher, int teacher_dtype, Address indices,
+              Address log_probs, Address labels, Address stats, int64_t n, int64_t v, int64_t k, int kind, float mix,
+              float temperature, float divergence_weight, float ce_weight, float softcap, float teacher_softcap,
+              bool tail, bool gradient, int threads) {
+            LinearKlDivArgs args{};
+            args.student = at<void>(student), args.student_dtype = DType(student_dtype);
+            args.teacher = at<void>(teacher), args.teacher_dtype = DType(teacher_dtype);
+            args.indices = at<int64_t>(indices), args.log_probs = at<float>(log_probs);
+            args.labels = at<int64_t>(labels), args.stats = at<float>(stats), args.n = n, args.v = v, args.k = k;
+            args.kind = Divergence(kind), args.mix = mix, args.temperature = temperature;
+            args.divergence_weight = divergence_weight, args.ce_weight = ce_weight;
+            args.softcap = softcap, args.teacher_softcap = teacher_softcap;
+            args.tail = tail, args.gradient = gradient, args.threads = threads;
+            run(args);
+        },
+        NoGil());
+}
+
 void def_peaks(py::module_& peaks, const char* level, double (*multiply_add)(Factors, int64_t, int),
                void (*read)(const void*, int64_t, int64_t, int64_t, int)) {
     py::module_ mine = peaks.def_submodule(level);
@@ -191,6 +213,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::module_ scale_search_module = m.def_submodule("scale_search");
 #define LLMKERN_KERNEL(level) def_scale_search(scale_search_module, #level, level::scale_search);
 #include "cpu/scale_search/kernels.def"
+#undef LLMKERN_KERNEL
+
+    py::module_ linear_kl_div_module = m.def_submodule("linear_kl_div");
+#define LLMKERN_KERNEL(level) def_linear_kl_div(linear_kl_div_module, #level, level::linear_kl_div);
+#include "cpu/linear_kl_div/kernels.def"
 #undef LLMKERN_KERNEL
 
     py::module_ peaks = m.def_submodule("peaks");

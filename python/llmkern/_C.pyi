@@ -11,6 +11,7 @@ bitmask_linear: ModuleType
 gptq_block: ModuleType
 sparsegpt_block: ModuleType
 scale_search: ModuleType
+linear_kl_div: ModuleType
 peaks: ModuleType
 
 def levels() -> list[tuple[str, bool, str]]:

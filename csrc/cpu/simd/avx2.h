@@ -46,6 +46,11 @@ LLMKERN_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 LLMKERN_INLINE F32 abs(F32 x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
 LLMKERN_INLINE F32 sqrt(F32 x) { return {_mm256_sqrt_ps(x.v)}; }
 LLMKERN_INLINE F32 round_even(F32 x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+LLMKERN_INLINE F32 scale2(F32 x, F32 n) {
+    // Adding 1.5 * 2^23 leaves n + 127, the exponent of 2^n, in the low bits.
+    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(n.v, _mm256_set1_ps(0x1.8p23f + 127)));
+    return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23)))};
+}
 LLMKERN_INLINE float hsum(F32 x) {
     __m128 r = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     r = _mm_add_ps(r, _mm_movehl_ps(r, r));

@@ -51,6 +51,7 @@ LLMKERN_INLINE F32 sqrt(F32 x) { return {_mm512_sqrt_ps(x.v)}; }
 LLMKERN_INLINE F32 round_even(F32 x) {
     return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+LLMKERN_INLINE F32 scale2(F32 x, F32 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 LLMKERN_INLINE float hsum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 LLMKERN_INLINE float hmax(F32 x) { return _mm512_reduce_max_ps(x.v); }
 

@@ -54,6 +54,11 @@ LLMKERN_INLINE F32 round_even(F32 x) {
     const F32 magic = set1(0x1.8p23f);
     return select(abs(x) < set1(0x1p22f), (x + magic) - magic, x);
 }
+LLMKERN_INLINE F32 scale2(F32 x, F32 n) {
+    // Adding 1.5 * 2^23 leaves n + 127, the exponent of 2^n, in the low bits.
+    const F32 bits = n + set1(0x1.8p23f + 127);
+    return {x.v * (F32::Native)((Mask::Native)bits.v << 23)};
+}
 LLMKERN_INLINE float hsum(F32 x) { return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]); }
 LLMKERN_INLINE float hmax(F32 x) {
     float r = x.v[0];

@@ -53,6 +53,10 @@ LLMKERN_INLINE F32 max(F32 a, F32 b) { return select(a > b, a, b); }
 LLMKERN_INLINE F32 abs(F32 x) { return {vabsq_f32(x.v)}; }
 LLMKERN_INLINE F32 sqrt(F32 x) { return {vsqrtq_f32(x.v)}; }
 LLMKERN_INLINE F32 round_even(F32 x) { return {vrndnq_f32(x.v)}; }
+LLMKERN_INLINE F32 scale2(F32 x, F32 n) {
+    const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127));
+    return {vmulq_f32(x.v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)))};
+}
 LLMKERN_INLINE float hsum(F32 x) { return vaddvq_f32(x.v); }
 LLMKERN_INLINE float hmax(F32 x) { return vmaxvq_f32(x.v); }
 

@@ -13,6 +13,7 @@
 //   fma(a, b, c)                 a * b + c; one rounding where the machine has it
 //   min max abs sqrt             min and max return the second operand if either is NaN
 //   round_even(x)                to an integer, ties to even
+//   scale2(x, n)                 x * 2^n for whole n from -126 to 127; functions.h has exp, log1p and tanh
 //   hsum(x) hmax(x)              over the lanes
 //   load(p) store(p, x)          unaligned; load_partial(p, n) / store_partial(p, x, n) touch the first n lanes only
 //   load_strided(p, stride)      p[0], p[stride], ...: a column of a row-major matrix, lanes = rows; also (p, stride,

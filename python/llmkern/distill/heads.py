@@ -53,6 +53,22 @@ class OutputHead:
         """V, the rows of the head's weight."""
         return self.module.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """[V, H]. RuntimeError where it is sharded by itself: then it is whole in its own forward alone."""
+        weight = self.module.weight
+        if hasattr(weight, "full_tensor"):
+            raise RuntimeError(
+                f"DistillWrapper: the {self.role}'s output head is sharded by itself; shard its blocks and then the "
+                "wrapper, whose forward then gathers the head"
+            )
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], where there is one."""
+        return self.module.bias
+
     def hidden(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """[B, L, H]: what the head would be given, times the model's factor of the logits. RuntimeError if it isn't."""
         extra = {"use_cache": False} if self._takes_use_cache else {}
@@ -67,8 +83,8 @@ class OutputHead:
 
     def logits(self, hidden: Tensor, classes: int | None = None) -> Tensor:
         """[..., V] of hidden states [..., H], of the first `classes` classes alone if that is given."""
-        bias = self.module.bias
-        logits = nn.functional.linear(hidden, self.module.weight[:classes], None if bias is None else bias[:classes])
+        bias = None if self.bias is None else self.bias[:classes]
+        logits = nn.functional.linear(hidden, self.weight[:classes], bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def verify(self, model: nn.Module, batch: Mapping[str, Any]) -> None:

@@ -132,7 +132,7 @@ def _step(
         group["lr"] = rate_at(step, settings)
     with torch.autocast(device.type, torch.bfloat16) if settings.dtype == "bfloat16" else nullcontext():
         found = wrapper(input_ids=windows[windows_at(step, len(windows), settings)].to(device))
-    row = [float(found[name]) for name in COLUMNS]
+    row = [float(found[name].detach()) for name in COLUMNS]
     if not math.isfinite(row[0]):
         raise FloatingPointError(f"{CALLER}: the loss of step {step} is {row[0]}; a smaller rate may help")
     optimizer.zero_grad(set_to_none=True)

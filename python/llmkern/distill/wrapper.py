@@ -179,22 +179,22 @@ class DistillWrapper(nn.Module):
         self, hidden: Tensor, targets: Tensor, batch: Mapping[str, Any], num_items: int | Tensor | None
     ) -> tuple[DistillLoss, dict[int, Tensor]]:
         """The loss of the student's hidden states [B, L, H], and the teacher's blocks' outputs that were asked for."""
-        weight, bias = self._head.module.weight, self._head.module.bias
+        mine = self._head
         outputs: dict[int, Tensor] = {}
         if isinstance(self.teacher, TeacherCache):
             counted = targets != IGNORED
             indices, log_probs = self.teacher.rows(batch, counted)
             loss = linear_kl_div_topk(
-                hidden[counted], weight, indices, log_probs, targets[counted], tail=not self.teacher.sampled,
-                num_items=num_items, student_bias=bias, **self._options,
+                hidden[counted], mine.weight, indices, log_probs, targets[counted], tail=not self.teacher.sampled,
+                num_items=num_items, student_bias=mine.bias, **self._options,
             )  # fmt: skip
             return loss, outputs
         head, teacher = self._teacher_head, self._ready_teacher(hidden.device)
         with torch.no_grad(), self._watch("teacher", outputs):
             theirs = _fitting(head.hidden(teacher, batch), head)
         loss = linear_kl_div(
-            hidden, weight, theirs, head.module.weight, targets, num_items=num_items, student_bias=bias,
-            teacher_bias=head.module.bias, teacher_softcap=head.softcap, **self._divergence, **self._options,
+            hidden, mine.weight, theirs, head.weight, targets, num_items=num_items, student_bias=mine.bias,
+            teacher_bias=head.bias, teacher_softcap=head.softcap, **self._divergence, **self._options,
         )  # fmt: skip
         return loss, outputs
 

@@ -5,6 +5,7 @@ The kernels of an op are in `ops/<op>/triton.py`, which is imported when the row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
@@ -16,8 +17,8 @@ from llmkern import _features
 from llmkern._registry import Op, forced
 
 
-def add_row(op: Op) -> None:
-    """Append the row `triton` to the op's table.
+def add_row(op: Op, rejects: Callable[..., str | None] | None = None) -> None:
+    """Append the row `triton` to the op's table; `rejects` as in `Kernel`.
 
     Its device is the GPU. In Triton's interpreter it is the CPU, for tests, and the row runs only where it is forced.
     """
@@ -31,12 +32,19 @@ def add_row(op: Op) -> None:
         "triton",
         "cpu" if interpreted else "cuda",
         lacking=_features.triton_lacking,
-        rejects=_unforced if interpreted else None,
+        rejects=_unforced(rejects) if interpreted else rejects,
     )(run)
 
 
-def _unforced(*args: Any) -> str | None:
-    return None if forced() == "triton" else "Triton's interpreter runs only where it is forced"
+def _unforced(rejects: Callable[..., str | None] | None) -> Callable[..., str | None]:
+    """`rejects`, and where the row is not forced."""
+
+    def refuses(*args: Any) -> str | None:
+        if forced() != "triton":
+            return "Triton's interpreter runs only where it is forced"
+        return rejects(*args) if rejects else None
+
+    return refuses
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager:

@@ -268,6 +268,13 @@ EMULATED __m512 round_scale(__m512 a, int how) {
     return map<__m512, float>(a, [](float x) { return std::nearbyint(x); });
 }
 
+EMULATED __m512 scale_by_power(__m512 a, __m512 n) {
+    return make<__m512, float>([&, x = lanes<float>(a), y = lanes<float>(n)](int i) {
+        // The conversion to int wants a number.
+        return y[i] != y[i] ? y[i] : std::ldexp(x[i], static_cast<int>(std::fmax(-1e6f, std::fmin(1e6f, y[i]))));
+    });
+}
+
 EMULATED __m512i round_to_int(__m512 a) {
     return make<__m512i, int32_t>([&, x = lanes<float>(a)](int i) {
         const float r = std::nearbyint(x[i]);
@@ -525,6 +532,7 @@ EMULATED __m256i to_words(__m512i v) {
 #define _mm512_sqrt_ps emulate::square_root
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps emulate::round_scale
+#define _mm512_scalef_ps emulate::scale_by_power
 #define _mm512_reduce_add_ps emulate::sum_of<float, __m512>
 #define _mm512_reduce_max_ps emulate::largest
 #undef _mm512_cmp_ps_mask

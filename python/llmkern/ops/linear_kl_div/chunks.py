@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmkern.ops.linear_kl_div import NAME, Arguments, fake
+from llmkern.ops.linear_kl_div.arguments import NAME, Arguments, fake
 
 # Each chunk reads and writes the whole gradient of the weight once, which few rows do not pay for.
 LEAST_ROWS, MOST_ROWS = 64, 2048

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmkern.ops.linear_kl_div import NAME, OP
+from llmkern.ops.linear_kl_div import OP
+from llmkern.ops.linear_kl_div.arguments import NAME
 
 
 class DistillLoss(NamedTuple):
