@@ -13,7 +13,7 @@ from llmkern.prune import StructuredPlan, StructuredReport, apply_structured, pl
 
 plan = functools.partial(plan_structured, multiple_of=8, progress=False)
 shrink = functools.partial(apply_structured, progress=False)
-DAMP = 0.01
+DAMP = 0.1
 
 
 def qwen3():

@@ -42,6 +42,7 @@ def no_work(monkeypatch):
         ({"blocks": 0}, ValueError, "blocks must keep at least 1"),
         ({"blocks": 3}, ValueError, "fewer than all 3"),
         ({"mlp": 0.5, "multiple_of": 0}, ValueError, "multiple_of must be"),
+        ({"mlp": 0.5, "damp": 0.0}, ValueError, "damp must be > 0, got 0.0"),
         ({"mlp": 0.5, "method": "luck"}, ValueError, "one of obs, wanda, magnitude, got 'luck'"),
     ],
 )

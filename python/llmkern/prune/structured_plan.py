@@ -47,6 +47,8 @@ def plan_structured(
     """
     if method not in METHODS:
         raise ValueError(f"{CALLER}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not damp > 0:
+        raise ValueError(f"{CALLER}: damp must be > 0, got {damp}")
     rebuild.refuse_unless_dense(model, CALLER)
     wanted = sizes(
         model, mlp=mlp, kv_groups=kv_groups, heads=heads, blocks=blocks, multiple_of=multiple_of, caller=CALLER
