@@ -24,7 +24,7 @@ def calls_of(model: nn.Module, calibration: Any, caller: str = "compress") -> li
     caller: the function that errors name.
     """
     if calibration is None:
-        raise ValueError(f"{caller}: calibration is needed: token ids [n, L], batches, or a callable")
+        raise ValueError(f"{caller}: this needs calibration: token ids [n, L], batches, or a callable")
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2:
             raise ValueError(f"{caller}: calibration token ids must be [n, L], got {list(calibration.shape)}")

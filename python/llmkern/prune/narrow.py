@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ class Cut:
     def all_blocks(self) -> list[nn.Module]:
         """The dense model's blocks."""
         return list(self.model.get_submodule(self.name).children())
+
+    def removed_after(self, at: int) -> range:
+        """The numbers of the blocks that are removed between block `at` and the next one that stays."""
+        stop = self.indices[at + 1] if at + 1 < len(self.indices) else len(self.all_blocks())
+        return range(self.indices[at] + 1, stop)
 
     def block(self, at: int) -> nn.Module:
         """The dense model's block that becomes block `at`."""
@@ -119,7 +125,16 @@ def planned(model: nn.Module, plan: StructuredPlan, caller: str) -> Cut:
         if (most := max(max(getattr(block, what)) for block in plan.blocks)) >= part.units:
             raise ValueError(f"{caller}: the plan keeps number {most} of the {part.units} {what} of {name}")
         found[what] = part
+        layouts = {_even(block.heads or (), part) for block in plan.blocks} if what == "heads" else set()
+        if None in layouts or len(layouts) > 1:
+            raise ValueError(f"{caller}: the plan must keep as many query heads of each key-value head in every block")
     cut = Cut(model, name, plan.blocks, indices, found["channels"], found["heads"])
     if dict(plan.config) != (changes := cut.changes()):
         raise ValueError(f"{caller}: the plan changes the configuration by {dict(plan.config)}, wanted {changes}")
     return cut
+
+
+def _even(heads: Sequence[int], part: Part) -> tuple[int, int] | None:
+    """How many key-value heads stay, and how many query heads of each; None if that differs."""
+    counts = Counter(head // part.shared for head in heads)
+    return (len(counts), counts[min(counts)]) if len(set(counts.values())) == 1 else None

@@ -43,10 +43,14 @@ def only_blocks(model: nn.Module, caller: str) -> tuple[str, nn.ModuleList]:
 
 
 def smaller_config(model: nn.Module, changes: Mapping[str, Any]) -> Any:
-    """A copy of the model's configuration with these values."""
+    """A copy of the model's configuration with these values. ValueError where its class would not load it again."""
     config: Any = copy.deepcopy(model.config)
     for key, value in changes.items():
         setattr(config, key, value)
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # a class checks what it likes, in its own kind of error
+        raise ValueError(f"{type(config).__name__}: {' '.join(str(error).split())}") from error
     return config
 
 

@@ -10,14 +10,16 @@ from typing import Any
 class Removed:
     """What was removed before one layer, by its name in the smaller model, and what that did to its output.
 
-    kept of total units: channels or heads. error_before, error_after: squared, on the calibration, relative to the
-    squared output of the whole layer; None where nothing was restored.
+    kept of total units: channels or heads. blocks: removed ones for which the layer makes up too. error_before,
+    error_after: squared, on the calibration, relative to the squared output that is wanted; None where nothing was
+    restored.
     """
 
     layer: str
     what: str
     kept: int
     total: int
+    blocks: tuple[str, ...] = ()
     error_before: float | None = None
     error_after: float | None = None
     notes: tuple[str, ...] = ()
@@ -29,6 +31,7 @@ class StructuredReport:
 
     rows: list[Removed] = field(default_factory=list)
     blocks_removed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     parameters_before: int = 0
     parameters_after: int = 0
 

@@ -1,25 +1,30 @@
 """Restoration block by block: what a block of the smaller model reads is refitted to what the dense block gives.
 
 Both on the same inputs, those that the blocks before, as restored, hand on. So an error of an earlier block is not
-fitted a second time.
+fitted a second time. A block whose next ones are removed comes closest to what these would have handed on.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkern._progress import Progress
-from llmkern.activations import Store
+from llmkern.activations import Calls, Store
+from llmkern.blocks import Call
 from llmkern.experts import ROUNDING
 from llmkern.nn import dense_weight, is_conv1d
+from llmkern.prune import parts
 from llmkern.prune.narrow import Cut
-from llmkern.prune.parts import Part
 from llmkern.prune.removed import Removed, StructuredReport
 from llmkern.prune.restore import Fit
 from llmkern.prune.walk import Walk, run
+
+CALLER = "apply_structured"
 
 
 class Restoration:
@@ -32,28 +37,58 @@ class Restoration:
 
     def run(self, damp: float | None, progress: bool) -> None:
         """Check that what was cut is what was meant, and restore with this damping; None for no restoration."""
-        bar = Progress("apply_structured", len(self.small), progress)
+        self._check()
+        if damp is not None and (first := self.cut.indices[0]):
+            self._note(range(first), "no block stands before")
+        bar = Progress(CALLER, len(self.small), progress)
         for at, block in enumerate(self.small):
-            if at == 0:
-                self._check()
-            for part, units in self.cut.units(at):
-                what = "channels" if part is self.cut.channels else "heads"
-                row = Removed(f"{self.cut.name}.{at}.{part.reader}", what, len(units), part.units)
-                self.report.rows.append(row)
+            gone = self.cut.removed_after(at) if damp is not None else ()
+            for row, reader in self._rows(at, gone):
                 if damp is not None:
-                    self._restore(at, part, damp, row)
+                    # The last reader of the block: what it adds is what the block hands on.
+                    self._refit(at, reader, gone if row.blocks else (), damp, row)
+                self.report.rows.append(row)
             if damp is not None and at + 1 < len(self.small):
                 for number, call in enumerate(self._calls(at)):
                     self.hidden.put(number, run(block, call, {})[0])
             bar.step(f"{self.cut.name}.{at}")
 
-    def _calls(self, at: int) -> Any:
+    def _rows(self, at: int, gone: Sequence[int]) -> list[tuple[Removed, str]]:
+        """What is to be restored in block `at`, and by which of its layers; `gone`: the removed blocks after it."""
+        name = f"{self.cut.name}.{at}"
+        rows = []
+        for part, units in self.cut.units(at):
+            what = "channels" if part is self.cut.channels else "heads"
+            rows.append((Removed(f"{name}.{part.reader}", what, len(units), part.units), part.reader))
+        if not gone:
+            return rows
+        mlp = parts.channels(self.cut.block(at))
+        reason = mlp if isinstance(mlp, str) else self._does_not_add(at, mlp.reader)
+        if reason or isinstance(mlp, str):
+            self._note(gone, f"{self.cut.kept[at].name}: {reason}")
+            return rows
+        if not rows or rows[-1][1] != mlp.reader:
+            rows.append((Removed(f"{name}.{mlp.reader}", "channels", mlp.units, mlp.units), mlp.reader))
+        rows[-1][0].blocks = self._names(gone)
+        return rows
+
+    def _note(self, gone: Sequence[int], reason: str) -> None:
+        note = f"nothing makes up for {', '.join(self._names(gone))}: {reason}"
+        warnings.warn(f"{CALLER}: {note}", stacklevel=4)
+        self.report.notes.append(note)
+
+    def _names(self, gone: Sequence[int]) -> tuple[str, ...]:
+        return tuple(f"{self.cut.name}.{k}" for k in gone)
+
+    def _calls(self, at: int) -> Calls:
         return self.walk.calls(self.cut.indices[at], self.hidden)
+
+    def _first_call(self, at: int) -> Call:
+        return self._calls(at)[0]
 
     def _check(self) -> None:
         """ValueError unless the first block, cut, gives what the dense one gives without the units."""
-        dense, first = self.cut.block(0), self._calls(0)[0]
-        handles = []
+        dense, handles = self.cut.block(0), []
         for part, units in self.cut.units(0):
             mask = torch.zeros(part.units * part.unit)
             mask[part.columns(units)] = 1
@@ -63,35 +98,64 @@ class Restoration:
 
             handles.append(dense.get_submodule(part.reader).register_forward_pre_hook(masked))
         try:
-            wanted, _ = run(dense, first, {})
+            wanted, _ = run(dense, self._first_call(0), {})
         finally:
             for handle in handles:
                 handle.remove()
-        got, _ = run(self.small[0], first, {})
-        off = float((got.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
-        if not off <= ROUNDING.get(got.dtype, ROUNDING[torch.float32]):
+        got, _ = run(self.small[0], self._first_call(0), {})
+        if off := _distance(got, wanted):
             raise ValueError(
-                f"apply_structured: {self.cut.kept[0].name} without the units differs from the dense block without them"
+                f"{CALLER}: {self.cut.kept[0].name} without the units differs from the dense block without them"
                 f" by {off:.1e} of its output: its layers are not connected as their names say"
             )
 
-    def _restore(self, at: int, part: Part, damp: float, row: Removed) -> None:
-        """Fit the layer that reads the part to what the dense block gives there."""
+    def _does_not_add(self, at: int, reader: str) -> str:
+        """Why what a layer gives is not simply added to what the block hands on; "" if it is, as a try shows."""
+        block = self.small[at]
+        before, _ = run(block, self._first_call(at), {})
+        more = before.flip(-1)
+
+        def add(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output + more.reshape(output.shape)
+
+        handle = block.get_submodule(reader).register_forward_hook(add)
+        try:
+            after, _ = run(block, self._first_call(at), {})
+        finally:
+            handle.remove()
+        return f"what {reader} gives is not simply added to its output" if _distance(after, before + more) else ""
+
+    def _refit(self, at: int, reader: str, gone: Sequence[int], damp: float, row: Removed) -> None:
+        """Fit a layer to what it gives in the dense block, or its block to what the blocks up to the last of `gone` do.
+
+        Its corrections go to the layer, the errors to the row.
+        """
         dense, block = self.cut.block(at), self.small[at]
-        layer: Any = block.get_submodule(part.reader)
+        layer: Any = block.get_submodule(reader)
         n, k = dense_weight(layer).shape
         fit = Fit(n, k, layer.weight.device, layer.bias is not None)
         for number, call in enumerate(self._calls(at)):
-            _, whole = run(dense, call, {part.reader: dense.get_submodule(part.reader)})
-            _, left = run(block, call, {part.reader: layer})
-            (_, wanted), (x, got) = whole[part.reader], left[part.reader]
-            x, got, wanted = (self.walk.counted(number, tokens) for tokens in (x, got, wanted))
+            whole, seen = run(dense, call, {reader: dense.get_submodule(reader)})
+            left, now = run(block, call, {reader: layer})
+            x, got = (self.walk.counted(number, tokens).float() for tokens in now[reader])
+            if gone:
+                for other in gone:
+                    whole, _ = run(self.cut.all_blocks()[other], self.walk.call(other, number, whole), {})
+                missing = self.walk.counted(number, whole).float() - self.walk.counted(number, left).float()
+            else:
+                missing = self.walk.counted(number, seen[reader][1]).float() - got
             try:
-                fit.add(x, wanted.float() - got.float(), wanted)
+                fit.add(x, missing, got + missing)
             except ValueError as error:
-                raise ValueError(f"apply_structured: the input of {row.layer}: {error}") from None
+                raise ValueError(f"{CALLER}: the input of {row.layer}: {error}") from None
         found = fit.solve(damp)
         layer.weight.add_(found.weight.T if is_conv1d(layer) else found.weight)
         if found.bias is not None:
             layer.bias.add_(found.bias)
         row.error_before, row.error_after, row.notes = found.before, found.after, found.notes
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The norm of a - b relative to that of b; 0 where rounding explains it."""
+    off = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))
+    return 0.0 if off <= ROUNDING.get(a.dtype, ROUNDING[torch.float32]) else off

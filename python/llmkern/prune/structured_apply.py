@@ -21,7 +21,7 @@ CALLER = "apply_structured"
 
 def apply_structured(
     model: nn.Module, plan: StructuredPlan, *, calibration: Calibration | None = None, restore: str = "ls",
-    damp: float = 0.01, progress: bool = True, activation_budget: int | None = None,
+    damp: float = 0.1, progress: bool = True, activation_budget: int | None = None,
     report: StructuredReport | None = None,
 ) -> Any:  # fmt: skip
     """The smaller dense model of `plan`: of the same class, for `save_pretrained` and stock `from_pretrained`.
@@ -29,10 +29,12 @@ def apply_structured(
     model: the one that the plan was made of; it is not changed. calibration: as for `llmkern.compress`.
 
     restore="ls": block by block, on inputs from the already restored blocks, the layers that read what was removed
-    (`down_proj`, `o_proj`) get the weights with which they come closest to what the whole block would give on the same
-    inputs, by least squares: with X_K what they still read, W'_K = W_K + E X_Kᵀ (X_K X_Kᵀ + λ)⁻¹, E what is missing,
-    λ = damp * mean(diag X_K X_Kᵀ). A bias, where the layer has one, is fitted too. Where blocks were removed, the block
-    before them makes up for them in the same way. restore="none" leaves what remains as it was, for comparison.
+    (`down_proj`, `o_proj`) get the weights with which they come closest to what they give in the dense block on the
+    same inputs, by least squares: with X_K what they still read and E what is missing, W'_K = W_K + E X_Kᵀ
+    (X_K X_Kᵀ + λ)⁻¹, λ = damp * mean(diag X_K X_Kᵀ). Less damping fits the calibration better and other text worse. A
+    bias, where the layer has one, is fitted too. Where blocks were removed, the MLP of the block before them makes up
+    for them in the same way; a warning says where nothing can (no block before, a mixture of experts, a norm after the
+    MLP). restore="none" leaves what remains as it was, for comparison.
     activation_budget: as for `compress`. report: filled with what was removed and the errors.
 
     Raises before any work starts. ValueError: a plan for another model, a plan that does not fit the model, no
@@ -49,15 +51,16 @@ def apply_structured(
     if found := fingerprint.differences(dict(plan.model), fingerprint.about_model(model)):
         raise ValueError(f"{CALLER}: the plan is for another model: {'; '.join(found)}")
     cut = planned(model, plan, CALLER)
-    small = cut.skeleton(CALLER)
+    small, walk = cut.skeleton(CALLER), None
+    if calibration is not None or restore == "ls":
+        with calm(model):
+            walk = Walk(model, calibration, CALLER)
+    rebuild.fill(small, model, cut.tensors())
     report = StructuredReport() if report is None else report
-    with calm(model):
-        walk = None if calibration is None and restore == "none" else Walk(model, calibration, CALLER)
-        rebuild.fill(small, model, cut.tensors())
-        if walk is not None:
-            with calm(small), Store(activation_budget) as hidden:
-                walk.enter(hidden)
-                Restoration(cut, small, walk, hidden, report).run(damp if restore == "ls" else None, progress)
+    if walk is not None:
+        with calm(model, small), Store(activation_budget) as hidden:
+            walk.enter(hidden)
+            Restoration(cut, small, walk, hidden, report).run(damp if restore == "ls" else None, progress)
     kept = set(cut.indices)
     report.blocks_removed = [f"{cut.name}.{k}" for k in range(len(cut.all_blocks())) if k not in kept]
     report.parameters_before, report.parameters_after = (

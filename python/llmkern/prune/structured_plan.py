@@ -47,6 +47,8 @@ def plan_structured(
     """
     if method not in METHODS:
         raise ValueError(f"{CALLER}: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not damp > 0:
+        raise ValueError(f"{CALLER}: damp must be > 0, got {damp}")
     rebuild.refuse_unless_dense(model, CALLER)
     wanted = sizes(
         model, mlp=mlp, kv_groups=kv_groups, heads=heads, blocks=blocks, multiple_of=multiple_of, caller=CALLER
@@ -99,7 +101,12 @@ class _Choice:
                 output, seen = walk.run(block, call, {name: block.get_submodule(name) for name in readers})
                 for name, (x, _) in seen.items():
                     tokens = walk_.counted(at, x)
-                    hessians.setdefault(name, Hessian(tokens.shape[-1], tokens.device)).add(tokens)
+                    if name not in hessians:
+                        hessians[name] = Hessian(tokens.shape[-1], tokens.device)
+                    try:
+                        hessians[name].add(tokens)
+                    except ValueError as error:
+                        raise ValueError(f"{CALLER}: the input of {walk_.name}.{k}.{name}: {error}") from None
                 before, after = walk_.counted(at, walk_.state(at, hidden)), walk_.counted(at, output)
                 cosines += float(nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum())
                 count += len(before)

@@ -53,6 +53,10 @@ class Walk:
         """The calls of block k on these hidden states."""
         return Calls(self.chain, [frame[self.chain.kind[k]] for frame in self._frames], hidden)
 
+    def call(self, k: int, at: int, state: Tensor) -> Call:
+        """The call of block k in batch `at` on this hidden state."""
+        return self.chain.join(self._frames[at][self.chain.kind[k]], state)
+
     def state(self, at: int, hidden: Store) -> Tensor:
         """The hidden state of batch `at`."""
         if (found := hidden.get(at)) is None:

@@ -1,0 +1,111 @@
+"""Structured pruning of SmolLM2-135M: perplexity with and without restoration, size, and speed in stock transformers.
+
+A quarter of the MLP channels by each way of choosing them, one of three key-value groups, three of thirty blocks; on
+the windows of `bench.quality`. Models are saved by `save_pretrained` and measured as `AutoModelForCausalLM` loads them.
+Sizes are what speed depends on, so it is timed once for each, in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bench.quality import protocol
+from bench.results import write
+from llmkern.evaluate import decode_speed, perplexity, prefill_speed
+from llmkern.prune import StructuredReport, apply_structured, plan_structured
+from llmkern.prune.selection import METHODS
+
+WANTED = 0.5  # of the perplexity without restoration, at most
+ROWS = "rows.json"
+
+
+class Case(NamedTuple):
+    """What to keep, how it is chosen, and the damping of the restoration: a row for each."""
+
+    name: str
+    kept: dict[str, Any]
+    method: str
+    damps: tuple[float, ...] = (0.1,)
+
+
+CASES = (
+    *(Case(f"mlp 0.75 {one}", {"mlp": 0.75}, one, (0.1, 0.01) if one == "obs" else (0.1,)) for one in METHODS),
+    Case("kv groups 2 of 3 obs", {"kv_groups": 2}, "obs"),
+    Case("blocks 27 of 30", {"blocks": 27}, "magnitude"),
+)
+
+
+def made(folder: Path) -> list[dict[str, Any]]:
+    """A row per model, each saved in the folder, without speeds; also written there."""
+    dense, calibration, evaluation, _ = protocol()
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, model: Any, seconds: float, **more: Any) -> float:
+        path = folder / name.replace(" ", "_")
+        model.save_pretrained(path)
+        loaded = AutoModelForCausalLM.from_pretrained(path)
+        value = perplexity(loaded, evaluation).value
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        count = sum(parameter.numel() for parameter in loaded.parameters())
+        row = {"model": name, "perplexity": round(value, 3), "parameters": count, "file_bytes": size}
+        rows.append({**row, "folder": path.name, "seconds": round(seconds, 1), **more})
+        print(f"{name:32}{value:14.3f}{count:12}{seconds:8.1f} s", file=sys.stderr, flush=True)
+        return value
+
+    add("dense", dense, 0.0)
+    for case in CASES:
+        start = time.perf_counter()
+        plan = plan_structured(dense, calibration, method=case.method, **case.kept, progress=False)
+        planned = time.perf_counter() - start
+        small = apply_structured(dense, plan, restore="none")
+        bare = add(f"{case.name} unrestored", small, planned, restored=False)
+        for damp in case.damps:
+            start, report = time.perf_counter(), StructuredReport()
+            small = apply_structured(dense, plan, calibration=calibration, damp=damp, report=report, progress=False)
+            seconds = planned + time.perf_counter() - start
+            value = add(f"{case.name} damp {damp}", small, seconds, restored=True, report=report.to_dict())
+            rows[-1] |= {"ratio": round(value / bare, 4), "wanted": WANTED, "met": value <= WANTED * bare}
+    (folder / ROWS).write_text(json.dumps(rows), encoding="utf-8")
+    return rows
+
+
+def add_speeds(folder: Path, rows: list[dict[str, Any]], window: Tensor) -> None:
+    """Tokens per second of the first model of each size, to all rows of that size."""
+    sizes: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["parameters"] not in sizes:
+            model = AutoModelForCausalLM.from_pretrained(folder / row["folder"]).eval()
+            sizes[row["parameters"]] = {
+                "prefill_tokens_per_s": round(prefill_speed(model, window), 1),
+                "decode_tokens_per_s": round(decode_speed(model, window[: len(window) // 2]), 2),
+            }
+        row |= sizes[row["parameters"]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.structured", description=__doc__.split("\n")[0])
+    parser.add_argument("--keep", type=Path, help="a folder for the models, which stay there")
+    parser.add_argument("--speed", action="store_true", help="only time the models in --keep, and write the results")
+    args = parser.parse_args(argv)
+    if args.speed and args.keep is None:
+        parser.error("--speed needs --keep, the folder of an earlier run")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        rows = json.loads((folder / ROWS).read_text()) if args.speed else made(folder)
+        _, _, evaluation, tokens = protocol()
+        add_speeds(folder, rows, evaluation[0])
+    write("structured", {"tokens": tokens, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
