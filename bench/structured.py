@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.quality import protocol
 from bench.results import write
+from llmkern._dense import dense_by_onednn
 from llmkern.evaluate import decode_speed, perplexity, prefill_speed
 from llmkern.prune import StructuredReport, apply_structured, plan_structured
 from llmkern.prune.selection import METHODS
@@ -54,7 +55,8 @@ def made(folder: Path) -> list[dict[str, Any]]:
         path = folder / name.replace(" ", "_")
         model.save_pretrained(path)
         loaded = AutoModelForCausalLM.from_pretrained(path)
-        value = perplexity(loaded, evaluation).value
+        with dense_by_onednn(loaded):
+            value = perplexity(loaded, evaluation).value
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         count = sum(parameter.numel() for parameter in loaded.parameters())
         row = {"model": name, "perplexity": round(value, 3), "parameters": count, "file_bytes": size}
