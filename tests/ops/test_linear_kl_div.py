@@ -211,6 +211,18 @@ def test_what_is_little_left_of_the_mass_keeps_its_digits(op: str, row: str) -> 
 
 
 @pytest.mark.of_ops("linear_kl_div")
+def test_the_exponential(op: str, row: str, generator: torch.Generator) -> None:
+    """Two classes, of which the teacher has only one: the gradient of the other is e^x, for x from -86 to -17.5."""
+    x = -17.5 - 68.5 * torch.rand(20000, generator=generator)
+    t = {name: torch.zeros(len(x), 2) for name in ("student_hidden", "teacher_hidden")}
+    t["student_hidden"][:, 1], t["teacher_hidden"][:, 1] = x, -torch.inf
+    t |= {"student_weight": torch.eye(2), "teacher_weight": torch.eye(2)}
+    _, d = run_rows(row, LossCase(len(x), 0, 2), t)
+    exact = x.double().exp()
+    assert float(((d[:, 1].double() - exact) / exact).abs().max()) <= 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.of_ops("linear_kl_div")
 def test_equal_logits_agree_on_the_first(op: str, row: str) -> None:
     for v in (3, 40, 2100):
         t = {"student_hidden": torch.zeros(2, v), "student_weight": torch.eye(v)}
