@@ -5,7 +5,7 @@ import sys
 
 BENCHMARKS = (
     "import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "solver_peers", "solver_scaling",
-    "quality", "ablation", "memory", "load", "demo",
+    "quality", "ablation", "memory", "load", "distill_loss", "demo",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ bool runs_here(const char* level);
 
 void check_linear_ops();
 void check_solver_ops();
+void check_losses();
 void check_peaks();
 
 }  // namespace checks

@@ -19,6 +19,7 @@ int main(int count, char** wanted) {
     }
     checks::check_linear_ops();
     checks::check_solver_ops();
+    checks::check_losses();
     checks::check_peaks();
     std::printf("%lld checks, %lld failed\n", static_cast<long long>(checks::done),
                 static_cast<long long>(checks::failed));

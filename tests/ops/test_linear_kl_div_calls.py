@@ -41,7 +41,7 @@ def test_chunks_of_any_size_give_the_same(case: LossCase, step: int, generator: 
     tensors = case.tensors(generator)
     wanted, grads = case.exact(tensors)
     leaves = graded(tensors)
-    assert_right(case.call(leaves), leaves, wanted, grads, 5e-6)
+    assert_right(case.call(leaves), leaves, wanted, grads, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -53,7 +53,7 @@ def test_16_bits(case: LossCase, step: int, dtype: torch.dtype, generator: torch
     wanted, grads = case.exact(tensors)
     found = case.call(leaves)
     assert found.loss.dtype == torch.float32
-    assert_right(found, leaves, wanted, grads, 5 * torch.finfo(dtype).eps)
+    assert_right(found, leaves, wanted, grads, 10 * torch.finfo(dtype).eps)
 
 
 def test_the_workspace_decides_on_the_rows() -> None:
@@ -158,7 +158,7 @@ def test_num_items(case: LossCase, generator: torch.Generator) -> None:
     for items in (100, torch.tensor(100), torch.tensor(100.0)):
         leaves = graded(tensors)
         found = case.call(leaves, num_items=items)
-        assert_right(found, leaves, wanted, grads, 5e-6)
+        assert_right(found, leaves, wanted, grads, 2e-5)
         assert float(found.agreement) == float(mean.agreement)
 
 
@@ -186,7 +186,7 @@ def test_only_what_wants_a_gradient_gets_one(case: LossCase, generator: torch.Ge
         for name in grads:
             assert (given[name].grad is not None) == (name in wanted)
             if name in wanted:
-                assert_close(name, given[name].grad, grads[name], 5e-6 * float(grads[name].abs().max()))
+                assert_close(name, given[name].grad, grads[name], 2e-5 * float(grads[name].abs().max()))
         with torch.no_grad(), Needs():
             assert not case.call(given).loss.requires_grad
         assert seen[1] == [0, 0, 0]
@@ -232,12 +232,12 @@ def test_layouts(case: LossCase, generator: torch.Generator) -> None:
         return x.T.contiguous().T if x.is_floating_point() else torch.cat((x, x), 1)[:, : x.shape[1]]
 
     leaves = graded({name: odd(x) for name, x in tensors.items()})
-    assert_right(case.call(leaves), leaves, wanted, grads, 5e-6)
+    assert_right(case.call(leaves), leaves, wanted, grads, 2e-5)
     shaped = {name: x.reshape(2, 3, 4, *x.shape[1:]) if len(x) == 24 else x for name, x in tensors.items()}
     leaves = graded(shaped)
     found = case.call(leaves)
     grads["student_hidden"] = grads["student_hidden"].reshape(2, 3, 4, -1)
-    assert_right(found, leaves, wanted, grads, 5e-6)
+    assert_right(found, leaves, wanted, grads, 2e-5)
 
 
 def test_one_row(generator: torch.Generator) -> None:

@@ -1,5 +1,5 @@
 // exp, log1p and tanh of vectors, for kernels that include it after their level's header. Polynomials were fitted to
-// the least relative error; each function is within 2 units in the last place over its range.
+// the least relative error; exp is within 1.1 units in the last place over its range, the others within 3.
 #pragma once
 
 #include "cpu/simd/simd.h"

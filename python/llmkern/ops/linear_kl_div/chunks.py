@@ -17,7 +17,7 @@ from llmkern.ops.linear_kl_div.arguments import NAME, Arguments, fake
 # Each chunk reads and writes the whole gradient of the weight once, which few rows do not pay for.
 LEAST_ROWS, MOST_ROWS = 64, 2048
 CPU_WORKSPACE_MB, GPU_WORKSPACE_MB = 64, 1024
-BLOCK = 4096  # classes whose part of a weight or its gradient is converted at a time
+BLOCK = 1024  # classes whose part of a weight or its gradient is converted at a time
 
 
 def run(row_kernel: Callable[..., Tensor], *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
