@@ -57,8 +57,8 @@ def accuracy(model: Any, windows: Tensor) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.student", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=120, help=f"of {BATCH} windows of {SEQLEN} tokens (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of the students (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} windows of {SEQLEN} tokens (%(default)s)")
+    parser.add_argument("--rate", type=float, default=5e-4, help="of the students (%(default)s)")
     parser.add_argument("--dense-rate", type=float, default=1e-4, help="of the dense control (%(default)s)")
     args = parser.parse_args(argv)
     teacher, _, evaluation, _ = protocol()
