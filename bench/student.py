@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +56,8 @@ def accuracy(model: Any, windows: Tensor) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.student", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=120, help=f"of {BATCH} windows of {SEQLEN} tokens (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of the students (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} windows of {SEQLEN} tokens (%(default)s)")
+    parser.add_argument("--rate", type=float, default=5e-4, help="of the students (%(default)s)")
     parser.add_argument("--dense-rate", type=float, default=1e-4, help="of the dense control (%(default)s)")
     args = parser.parse_args(argv)
     teacher, _, evaluation, _ = protocol()
@@ -68,20 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def add(name: str, model: Any, wrapper: Any = None, rate: float = args.rate) -> None:
         settings = Settings(args.steps, BATCH, rate, dtype="bfloat16")
-        start = time.perf_counter()
         history = train(wrapper, windows, settings) if wrapper is not None else []
-        seconds = time.perf_counter() - start
         model.eval()
         value, share = perplexity(model, evaluation).value, accuracy(model, evaluation)
         kept = share / (rows[0]["accuracy"] if rows else share)
         rows.append({
             "model": name, "blocks": model.config.num_hidden_layers, "bytes": model_bytes(model),
             "perplexity": round(value, 3), "accuracy": round(share, 4), "accuracy_kept": round(kept, 4),
-            "rate": rate if history else None, "train_seconds": round(seconds, 1) if history else None,
-            "last_loss": round(history[-1]["loss"], 4) if history else None,
+            "rate": rate if history else None, "last_loss": round(history[-1]["loss"], 4) if history else None,
         })  # fmt: skip
         print(
-            f"{name:24}{value:10.3f}  accuracy {share:.4f}  kept {kept:.3f}  {seconds:.0f} s",
+            f"{name:24}{value:10.3f}  accuracy {share:.4f}  kept {kept:.3f}",
             file=sys.stderr,
             flush=True,
         )

@@ -353,3 +353,18 @@ def test_a_schedule_that_is_none(args):
 
 def test_it_is_reached_from_the_package():
     assert llmkern.prune is prune
+
+
+def test_experts_that_were_packed_and_made_dense_again():
+    """They are linear layers of their own now, with parameters of their own."""
+    model = tiny.mixtral()
+    llmkern.patch(model, "rtn-int8", targets=["re:.*experts.0"], keep_originals=False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, llmkern.nn.PackedLinear):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            dense.weight = nn.Parameter(layer.unpack())
+            model.set_submodule(name, dense)
+    masks = magnitude_(model, 0.5, targets=["re:.*experts"]).check()
+    assert len(masks) == 2 * 4 * 2
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in masks
+    assert masks.sparsity() == 0.5
