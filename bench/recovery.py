@@ -53,9 +53,15 @@ def pruned(dense: nn.Module, calibration: Tensor, folder: Path) -> nn.Module:
 def tune(
     model: nn.Module, windows: Tensor, rate: float, teacher: nn.Module | None, ce_weight: float, masks: MaskSet | None
 ) -> float:
-    """One pass over the windows in place, by cross-entropy or against a teacher; the seconds it took."""
+    """One pass over the windows in place, by cross-entropy or against a teacher; the seconds it took.
+
+    The embeddings, which are the head too, stay: in so few steps Adam would move the rows of words that the windows
+    do not even hold, by as much as all others.
+    """
+    model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
     module = model if teacher is None else DistillWrapper(model, teacher, ce_weight=ce_weight)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     if masks is not None:
         masks.attach(optimizer)
     batches, start = windows.split(BATCH), time.perf_counter()
@@ -64,7 +70,7 @@ def tune(
     for batch in batches:
         loss = module(input_ids=batch, labels=batch)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -176,6 +176,14 @@ def test_fewer_classes_than_the_teachers(tmp_path):
     assert torch.isfinite(DistillWrapper(student, cache)(**batch)["loss"])
 
 
+def test_a_part_of_a_batch_without_labels_that_count(tmp_path):
+    teacher, batch = tiny.llama(), batch_of("llama")
+    wrapper = DistillWrapper(tiny.llama(num_hidden_layers=1), written(tmp_path / "c", teacher, [batch]))
+    found = wrapper(**{**batch, "labels": torch.full_like(batch["labels"], -100)}, num_items_in_batch=5)
+    found["loss"].backward()
+    assert found["loss"] == 0
+
+
 # --- draws ----------------------------------------------------------------------------------------------------------
 
 

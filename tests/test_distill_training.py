@@ -24,9 +24,12 @@ HERE = Path(__file__).parent
 IDS = tiny.token_ids(12)
 
 
-def examples(labels=True):
-    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in IDS]
-    return [{**row, "labels": row["input_ids"]} if labels else row for row in rows]
+def examples():
+    """More labels are ignored from row to row."""
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()} for ids in IDS]
+    for number, row in enumerate(rows):
+        row["labels"][:number] = -100
+    return rows
 
 
 def trainer(wrapper, out, **options):
@@ -76,14 +79,17 @@ def test_trainer_takes_the_steps_that_a_plain_loop_takes(options, tmp_path):
     accumulated = options.get("gradient_accumulation_steps", 1)
     run = trainer(wrapper, tmp_path, max_steps=2, save_strategy="no", **options)
     seen = []
-    wrapper.register_forward_pre_hook(lambda module, args, batch: seen.append(batch["input_ids"]), with_kwargs=True)
+    wrapper.register_forward_pre_hook(lambda module, args, batch: seen.append(batch), with_kwargs=True)
     run.train()
     assert len(seen) == 2 * accumulated
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
     plain.train()
     for step in range(2):
         optimizer.zero_grad()
-        plain(input_ids=torch.cat(seen[step * accumulated : (step + 1) * accumulated]))["loss"].backward()
+        parts = seen[step * accumulated : (step + 1) * accumulated]
+        plain(**{name: torch.cat([part[name] for part in parts]) for name in ("input_ids", "labels")})[
+            "loss"
+        ].backward()
         optimizer.step()
     for (name, found), wanted in zip(wrapper.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6, msg=name)

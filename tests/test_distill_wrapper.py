@@ -120,6 +120,16 @@ def test_what_is_asked_of_the_wrapper_the_student_answers():
         _ = wrapper.no_such_thing
 
 
+def test_a_copy_is_of_both_models():
+    wrapper = DistillWrapper(*pair("tied", torch.float32))
+    other = copy.deepcopy(wrapper)
+    wanted = wrapper(**batch_of("llama"))["loss"]
+    with torch.no_grad():
+        for model in (wrapper.student, wrapper.teacher):
+            model.lm_head.weight.zero_()
+    assert torch.equal(other(**batch_of("llama"))["loss"], wanted)
+
+
 def test_a_state_dict_of_the_wrapper_or_of_the_student_is_loaded():
     student, teacher = pair("llama", torch.float32)
     wrapper = DistillWrapper(student, teacher)

@@ -204,6 +204,10 @@ def test_copies_of_the_weights_elsewhere_need_masked_gradients(gradients):
     assert (drifted == 0) == gradients
 
 
+class Coded(torch.Tensor):
+    """Stands for a tensor that quantized optimizers keep: it looks like floats and holds codes."""
+
+
 def test_what_an_optimizer_keeps_beside_values_per_weight():
     """A copy of the weights is a value per weight; codes are not, whose 0 may mean anything."""
     model, masks, _ = half_pruned()
@@ -212,7 +216,8 @@ def test_what_an_optimizer_keeps_beside_values_per_weight():
     state = {
         "copy": torch.ones_like(weight), "half": torch.ones_like(weight, dtype=torch.bfloat16),
         "codes": torch.full(weight.shape, 7, dtype=torch.uint8), "step": torch.tensor(3.0), "name": "x", "none": None,
-        "row": torch.ones(1, weight.shape[1]), "turned": torch.ones(weight.T.shape),
+        "coded": torch.ones(weight.shape).as_subclass(Coded), "row": torch.ones(1, weight.shape[1]),
+        "turned": torch.ones(weight.T.shape),
     }  # fmt: skip
     optimizer.state[weight] = state
     masks.attach(optimizer)
@@ -220,6 +225,7 @@ def test_what_an_optimizer_keeps_beside_values_per_weight():
     assert torch.equal(state["copy"], keep.double())
     assert torch.equal(state["half"], keep.bfloat16())
     assert (state["codes"] == 7).all()
+    assert (state["coded"] == 1).all()
     assert state["step"] == 3
     assert (state["row"] == 1).all()
     assert (state["turned"] == 1).all()

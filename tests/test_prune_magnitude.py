@@ -166,6 +166,8 @@ def test_pruning_again_is_nested(scope):
         with torch.no_grad():  # as if a training had moved all weights, the pruned ones too
             for layer in model:
                 layer.weight.add_(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(step)) * 3)
+                if step % 2:
+                    layer.weight.div_(2).round_()  # zeros too, which are not masked and go after those that are
         before = {name: weight for name, weight in weights(model).items() if name.endswith("weight")}
         masks = magnitude_(model, share, scope=scope, masks=masks)
         groups = [list(before)] if scope == "global" else [[name] for name in before]

@@ -69,8 +69,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """What was trained, for how long, and the loss at the end."""
-    import torch
-
     import llmkern
     from llmkern import data
     from llmkern.distill.training import Settings, train
@@ -86,19 +84,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(steps, args.batch, args.lr, dtype=args.dtype, seed=args.seed)
     text = data.read_text(args.text)
     quiet_transformers()
-    student, teacher, tokenizers = _models(args)
+    student, teacher, tokenizers, dtype = _models(args)
+    masks = llmkern.prune.MaskSet.from_model(student) if args.keep_masks else None
     windows = data.calibration_windows(
         data.token_ids(tokenizers[0], text), args.samples or steps * args.batch, args.seqlen, args.seed
     )
     wrapper = _wrapper(args, student, teacher, tokenizers, windows)
-    masks = None
-    if args.keep_masks:
-        masks = llmkern.prune.MaskSet.from_model(student)
+    del teacher  # a cache takes its place
     start = time.perf_counter()
     history = train(wrapper, windows, settings, masks=masks, state_dir=state)
     if masks is not None:
         masks.check()
-    student.to(getattr(torch, args.stored))
+    student.to(dtype)
     llmkern.save(student, args.out, tokenizer=tokenizers[0])
     shutil.rmtree(state, ignore_errors=True)
     last = history[-max(round(SHARE * len(history)), 1) :]
@@ -113,8 +110,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _models(args: argparse.Namespace) -> tuple[Any, Any, tuple[Any, Any]]:
-    """Student in fp32, teacher, and the tokenizers of both. `args.stored` becomes the dtype that the student had."""
+def _models(args: argparse.Namespace) -> tuple[Any, Any, tuple[Any, Any], Any]:
+    """Student in fp32, teacher, the tokenizers of both, and the dtype that the student had."""
     import torch
 
     from llmkern.distill import check_tokenizers, drop_layers
@@ -126,13 +123,13 @@ def _models(args: argparse.Namespace) -> tuple[Any, Any, tuple[Any, Any]]:
     first, tokenizer = load_model(args.student, device=device)
     if any(isinstance(module, PackedLinear) for module in first.modules()) and not args.drop_layers:
         raise ValueError(f"student {args.student}: its layers are packed; first llmkern convert --format dense")
-    args.stored = str(first.dtype).removeprefix("torch.")
+    dtype = first.dtype
     if args.drop_layers:
-        return drop_layers(first).float(), first, (tokenizer, tokenizer)
+        return drop_layers(first).float(), first, (tokenizer, tokenizer), dtype
     progress(f"loading {args.teacher}")
     teacher, theirs = load_model(args.teacher, device=device)
     check_tokenizers(tokenizer, theirs)
-    return first.float(), teacher, (tokenizer, theirs)
+    return first.float(), teacher, (tokenizer, theirs), dtype
 
 
 def _wrapper(args: argparse.Namespace, student: Any, teacher: Any, tokenizers: tuple[Any, Any], windows: Any) -> Any:

@@ -35,7 +35,7 @@ LLMKERN_INLINE void write_block(const LinearKlDivArgs& a, const Student& s, cons
     for (int i = 0; i < count; i += F32::WIDTH) {
         F32 d = load(to + i);
         if (a.softcap > 0) {
-            const F32 share = load(x + i) * ratio;
+            const F32 share = max(set1(-1.0f), load(x + i) * ratio);  // a masked class has LOW
             d = d * (set1(1.0f) - share * share);
         }
         const int lanes = count - i < F32::WIDTH ? count - i : F32::WIDTH;

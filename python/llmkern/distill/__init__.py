@@ -1,5 +1,8 @@
 """Distillation: a student learns what its teacher predicts, in any training loop.
 
+wrapper = DistillWrapper(drop_layers(teacher), teacher)   # or a TeacherCache of the training data
+Trainer(wrapper, arguments, train_dataset=data).train()   # saves the student as stock transformers loads it
+
 Sources: Hinton et al., arXiv 1503.02531 (temperature and T²); DistilBERT, arXiv 1910.01108 (every other layer, cosine
 of hidden states); SquareHead, arXiv 2310.06927; random sampling of the teacher's distribution, arXiv 2503.16870.
 """

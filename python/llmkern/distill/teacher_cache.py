@@ -155,7 +155,7 @@ class TeacherCache:
         batch: what a model would be called with: input_ids [B, L] and whatever else the teacher was given. ValueError
         for a sequence that the cache does not hold.
         """
-        indices, log_probs = [], []
+        indices, log_probs = [torch.empty(0, self.k, dtype=torch.int32)], [torch.empty(0, self.k, dtype=torch.float16)]
         for at, key in enumerate(keys_of(batch)):
             wanted = counted[at].nonzero()[:, 0].cpu()
             if not len(wanted):

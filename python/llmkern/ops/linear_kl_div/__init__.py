@@ -28,19 +28,20 @@ from llmkern.ops.linear_kl_div.reference import KINDS, RowOptions, rows
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the gradients of sums[0]."""
     ctx.set_materialize_grads(False)  # zeros like the gradients themselves would double what is held
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.dtype, ctx.needs = inputs[0].dtype, inputs[-1]
 
 
-def backward(ctx: Any, grad_sums: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The kept gradients times that of sums[0]. Only sums[0] has one, and there are no second derivatives."""
-    if any(other is not None for other in others):
-        raise RuntimeError(f"{NAME}: second derivatives are not supported")
+def backward(ctx: Any, grad_sums: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    """The kept gradients times that of sums[0], which alone has one."""
+    if torch.is_grad_enabled():  # else a second derivative would lack its largest part, and nobody would see it
+        raise RuntimeError(f"{NAME}: second derivatives are not supported (create_graph=True)")
     grads: list[Tensor | None] = [None] * len(Arguments._fields)
     if grad_sums is not None:
         for at, (kept, needed) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
             if needed:
-                grads[at] = (kept * grad_sums[0]).to(ctx.dtype)
+                grads[at] = chunks.scaled(kept, grad_sums[0], ctx.dtype)
     return tuple(grads)
 
 

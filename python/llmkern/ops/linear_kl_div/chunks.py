@@ -17,8 +17,7 @@ from llmkern.ops.linear_kl_div.arguments import NAME, Arguments, fake
 # Each chunk reads and writes the whole gradient of the weight once, which few rows do not pay for.
 LEAST_ROWS, MOST_ROWS = 64, 2048
 CPU_WORKSPACE_MB, GPU_WORKSPACE_MB = 64, 1024
-# Classes whose part of a weight is converted, or whose part of a gradient is made in 16 bits, at a time.
-BLOCK = 4096
+BLOCK = 4096  # classes whose part of a weight or its gradient is converted at a time
 
 
 def run(row_kernel: Callable[..., Tensor], *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,3 +131,13 @@ def add_product(total: Tensor, d: Tensor, x: Tensor) -> None:
     else:
         for block, part in zip(total.split(BLOCK), d.split(BLOCK, dim=1), strict=True):
             block += part.t() @ x
+
+
+def scaled(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """kept * factor, a scalar, in dtype; without another tensor of kept's size where dtype is narrower."""
+    if kept.dtype == dtype:
+        return kept * factor
+    result = torch.empty_like(kept, dtype=dtype)
+    for block, part in zip(result.split(BLOCK), kept.split(BLOCK), strict=True):
+        block.copy_(part * factor)
+    return result

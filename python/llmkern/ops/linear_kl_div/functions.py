@@ -141,9 +141,10 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 def _autocast(x: Tensor | None) -> Tensor | None:
     """x as torch.nn.functional.linear would take it here."""
-    if x is None or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if x is None or x.dtype == torch.float64 or not torch.amp.is_autocast_available(x.device.type):
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if enabled else x
 
 
 def _check_rows(label: str, x: Tensor, hidden: Tensor) -> None:

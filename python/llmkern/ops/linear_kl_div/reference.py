@@ -57,13 +57,17 @@ def rows(
         d.scatter_add_(1, labels[:, None], torch.full_like(d[:, :1], -options.ce_weight))
     agreement = (z.argmax(-1) == best).to(exact)
     if options.gradient:
-        student.copy_(d if options.softcap is None else d * (1 - (z / options.softcap) ** 2))
+        if options.softcap is not None:
+            d *= 1 - (z / options.softcap).clamp_min(-1) ** 2
+        student.copy_(d)
     return torch.stack((value, cross_entropy, agreement), dim=1)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(logits / softcap), as Gemma's head."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    """softcap * tanh(logits / softcap), as Gemma's head; a class of logit -inf stays out."""
+    if softcap is None:
+        return logits
+    return (softcap * torch.tanh(logits / softcap)).masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

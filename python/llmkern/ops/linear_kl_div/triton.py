@@ -82,7 +82,7 @@ def write(
     if CE:
         d += ce_weight * (tl.exp((x - most) * temperature) / plain - tl.where(column == label, 1.0, 0.0))
     if softcap is not None:
-        share = x * temperature / softcap
+        share = tl.maximum(x * temperature / softcap, -1.0)  # a masked class has LOW
         d *= 1.0 - share * share
     tl.store(row + column, d.to(row.dtype.element_ty), mask=column < v)
 
