@@ -1,6 +1,7 @@
 """What structured pruning refuses, each before any work starts."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -223,6 +224,15 @@ def test_plans_that_do_not_fit(change, message, no_work):
     model = tiny.llama()
     found = StructuredPlan.from_dict(edited(magnitude_plan(model), change))
     with pytest.raises(ValueError, match=f"apply_structured: .*{message}"):
+        apply_structured(model, found, calibration=tiny.token_ids())
+
+
+def test_a_block_that_its_place_would_change(no_work):
+    model = tiny.gpt2(n_layer=3, scale_attn_by_inverse_layer_idx=True)
+    found = plan_structured(model, mlp=0.5, method="magnitude")
+    blocks = tuple(found.blocks[k] for k in (0, 2))
+    found = dataclasses.replace(found, blocks=blocks, config={"num_hidden_layers": 2, "n_inner": 128})
+    with pytest.raises(ValueError, match="apply_structured: block 2 would be another one as block 1 of 2: attn"):
         apply_structured(model, found, calibration=tiny.token_ids())
 
 
