@@ -12,12 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmkern._dense import product
 from llmkern.ops.linear_kl_div.arguments import NAME, Arguments, fake
 
 # Each chunk reads and writes the whole gradient of the weight once, which few rows do not pay for.
 LEAST_ROWS, MOST_ROWS = 64, 2048
 CPU_WORKSPACE_MB, GPU_WORKSPACE_MB = 64, 1024
-BLOCK = 1024  # classes whose part of a weight or its gradient is converted at a time
+# Classes whose part of a weight or its gradient is converted, or multiplied in fp32, at a time: what `product` makes
+# of them, which writes to new memory alone, stays in the cache.
+BLOCK = 1024
 
 
 def run(row_kernel: Callable[..., Tensor], *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,9 +57,9 @@ def run(row_kernel: Callable[..., Tensor], *args: object) -> tuple[Tensor, Tenso
         d = student.to(x.dtype)
         need_hidden, need_weight, need_bias = a.needs
         if need_hidden and isinstance(at, Tensor):
-            grad_hidden.index_copy_(0, at, d @ weight)
+            grad_hidden.index_copy_(0, at, hidden_gradient(d, weight, torch.empty_like(x)))
         elif need_hidden:
-            torch.mm(d, weight, out=grad_hidden[at])
+            hidden_gradient(d, weight, grad_hidden[at])
         if need_weight:
             add_product(grad_weight[:classes], d, x)
         if need_bias:
@@ -109,28 +112,43 @@ def rows_per_chunk(a: Arguments, count: int) -> int:
 
 def logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """x [C, H] @ weight [V, H]ᵀ + bias into out [C, V], whose dtype may be wider than x's."""
-    if out.dtype == x.dtype:
-        if bias is None:
-            return torch.mm(x, weight.t(), out=out)
-        return torch.addmm(bias, x, weight.t(), out=out)
-    if x.is_cuda:
-        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        wide = x.to(out.dtype)
+    if _fp32_on_host(out):
+        wide = x.float()
         for block, part in zip(weight.split(BLOCK), out.split(BLOCK, dim=1), strict=True):
-            torch.mm(wide, block.to(out.dtype).t(), out=part)
+            part.copy_(product(wide, block.float().t()))
+    elif out.dtype != x.dtype:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    elif bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    else:
+        return torch.addmm(bias, x, weight.t(), out=out)
     return out if bias is None else out.add_(bias)
+
+
+def hidden_gradient(d: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """d [C, V] @ weight [V, H] into out [C, H], all of one dtype; returns out."""
+    if not _fp32_on_host(out):
+        return torch.mm(d, weight, out=out)
+    out.zero_()
+    for block, part in zip(weight.split(BLOCK), d.split(BLOCK, dim=1), strict=True):
+        out += product(part, block)
+    return out
 
 
 def add_product(total: Tensor, d: Tensor, x: Tensor) -> None:
     """total [V, H] += d [C, V]ᵀ @ x [C, H]; total is fp32 where d and x are of 16 bits."""
-    if total.dtype == x.dtype:
-        total.addmm_(d.t(), x)
-    elif x.is_cuda:
-        torch.addmm(total, d.t(), x, out_dtype=total.dtype, out=total)
-    else:
+    if _fp32_on_host(total):
         for block, part in zip(total.split(BLOCK), d.split(BLOCK, dim=1), strict=True):
-            block += part.t() @ x
+            block += product(part.t(), x)
+    elif total.dtype == x.dtype:
+        total.addmm_(d.t(), x)
+    else:
+        torch.addmm(total, d.t(), x, out_dtype=total.dtype, out=total)
+
+
+def _fp32_on_host(out: Tensor) -> bool:
+    """Whether torch's own product is the slower one."""
+    return out.is_cpu and out.dtype == torch.float32
 
 
 def scaled(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
