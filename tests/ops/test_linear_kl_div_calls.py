@@ -274,6 +274,14 @@ def test_a_teacher_of_another_dtype(generator: torch.Generator) -> None:
         assert_right(case.call(leaves), leaves, wanted, grads, 3e-2)
 
 
+def test_logits_in_fp64_of_an_fp32_teacher(generator: torch.Generator) -> None:
+    case = LossCase(9, 16, 70, "jsd", bias=True)
+    tensors = case.tensors(generator)
+    given = {name: x if name.startswith("teacher") else x.double() for name, x in tensors.items()}
+    leaves = graded(given)
+    assert_right(case.call(leaves, logits_dtype=torch.float64), leaves, *case.exact(tensors), 1e-12)
+
+
 def test_autocast(generator: torch.Generator) -> None:
     case = BOTH[0]
     tensors = case.tensors(generator)

@@ -116,6 +116,8 @@ def logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tenso
         wide = x.float()
         for block, part in zip(weight.split(BLOCK), out.split(BLOCK, dim=1), strict=True):
             part.copy_(product(wide, block.float().t()))
+    elif out.dtype == torch.float64 != x.dtype:
+        torch.mm(x.double(), weight.double().t(), out=out)
     elif out.dtype != x.dtype:
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
     elif bias is None:
