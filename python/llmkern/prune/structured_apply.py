@@ -31,10 +31,10 @@ def apply_structured(
     restore="ls": block by block, on inputs from the already restored blocks, the layers that read what was removed
     (`down_proj`, `o_proj`) get the weights with which they come closest to what they give in the dense block on the
     same inputs, by least squares: with X_K what they still read and E what is missing, W'_K = W_K + E X_Kᵀ
-    (X_K X_Kᵀ + λ)⁻¹, λ = damp * mean(diag X_K X_Kᵀ). Less damping fits the calibration better and other text worse. A
-    bias, where the layer has one, is fitted too. Where blocks were removed, the MLP of the block before them makes up
-    for them in the same way; a warning says where nothing can (no block before, a mixture of experts, a norm after the
-    MLP). restore="none" leaves what remains as it was, for comparison.
+    (X_K X_Kᵀ + λ)⁻¹, λ = damp * mean(diag X_K X_Kᵀ). A bias, where the layer has one, is fitted too. Where blocks were
+    removed, the MLP of the block before them makes up for them in the same way; a warning says where nothing can (no
+    block before, a mixture of experts, a norm after the MLP). restore="none" leaves what remains as it was, for
+    comparison.
     activation_budget: as for `compress`. report: filled with what was removed and the errors.
 
     Raises before any work starts. ValueError: a plan for another model, a plan that does not fit the model, no
