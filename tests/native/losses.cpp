@@ -103,7 +103,7 @@ struct Loss {
           indices(DType::F32, 2 * c.n * c.k),
           labels(DType::F32, 2 * c.n) {
         for (int64_t i = 0; i < c.n; ++i) {
-            labels.data<int64_t>()[i] = random.below(c.v);
+            labels.data<int64_t>()[i] = i == 0 ? c.v - 1 : random.below(c.v);  // a block's last class, too
             for (int64_t j = 0; j < c.k; ++j) {
                 indices.data<int64_t>()[i * c.k + j] = (j * 7 + i) % c.v;  // distinct: 7 divides no v here
                 log_probs->set(i * c.k + j, std::log(0.9 / static_cast<double>(c.k)) + 0.1 * random.uniform());
