@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +53,7 @@ def made(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((folder / ROWS).read_text()) if (folder / ROWS).is_file() else []
     there = {row["model"] for row in rows}
 
-    def add(name: str, model: Any, seconds: float, bare: float | None = None, **more: Any) -> float:
+    def add(name: str, model: Any, bare: float | None = None, **more: Any) -> float:
         path = folder / name.replace(" ", "_")
         model.save_pretrained(path)
         loaded = AutoModelForCausalLM.from_pretrained(path)
@@ -65,26 +64,23 @@ def made(folder: Path) -> list[dict[str, Any]]:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         count = sum(parameter.numel() for parameter in loaded.parameters())
         row = {"model": name, "perplexity": round(value, 3), "parameters": count, "file_bytes": size}
-        rows.append({**row, "folder": path.name, "seconds": round(seconds, 1), **more})
+        rows[:] = [*(one for one in rows if one["model"] != name), {**row, "folder": path.name, **more}]
         (folder / ROWS).write_text(json.dumps(rows), encoding="utf-8")
-        print(f"{name:32}{value:14.3f}{count:12}{seconds:8.1f} s", file=sys.stderr, flush=True)
+        print(f"{name:32}{value:14.3f}{count:12}", file=sys.stderr, flush=True)
         return value
 
     if "dense" not in there:
-        add("dense", dense, 0.0)
+        add("dense", dense)
     for case in CASES:
         if f"{case.name} damp {case.damps[-1]}" in there:
             continue
-        start = time.perf_counter()
         plan = plan_structured(dense, calibration, method=case.method, **case.kept, progress=False)
-        planned = time.perf_counter() - start
         small = apply_structured(dense, plan, restore="none")
-        bare = add(f"{case.name} unrestored", small, planned, restored=False)
+        bare = add(f"{case.name} unrestored", small, restored=False)
         for damp in case.damps:
-            start, report = time.perf_counter(), StructuredReport()
+            report = StructuredReport()
             small = apply_structured(dense, plan, calibration=calibration, damp=damp, report=report, progress=False)
-            seconds = planned + time.perf_counter() - start
-            add(f"{case.name} damp {damp}", small, seconds, bare, restored=True, report=report.to_dict())
+            add(f"{case.name} damp {damp}", small, bare, restored=True, report=report.to_dict())
     return rows
 
 
