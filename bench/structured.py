@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from llmkern.prune.selection import METHODS
 
 WANTED = 0.5  # of the perplexity without restoration, at most
 ROWS = "rows.json"
+ROUNDS = 3
 
 
 class Case(NamedTuple):
@@ -47,51 +48,55 @@ CASES = (
 
 
 def made(folder: Path) -> list[dict[str, Any]]:
-    """A row per model, each saved in the folder, without speeds; also written there."""
+    """A row per model, each saved in the folder, without speeds; those that are there from an earlier run stay."""
     dense, calibration, evaluation, _ = protocol()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads((folder / ROWS).read_text()) if (folder / ROWS).is_file() else []
+    there = {row["model"] for row in rows}
 
-    def add(name: str, model: Any, seconds: float, **more: Any) -> float:
+    def add(name: str, model: Any, bare: float | None = None, **more: Any) -> float:
         path = folder / name.replace(" ", "_")
         model.save_pretrained(path)
         loaded = AutoModelForCausalLM.from_pretrained(path)
         with dense_by_onednn(loaded):
             value = perplexity(loaded, evaluation).value
+        if bare is not None:
+            more |= {"ratio": round(value / bare, 4), "wanted": WANTED, "met": value <= WANTED * bare}
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         count = sum(parameter.numel() for parameter in loaded.parameters())
         row = {"model": name, "perplexity": round(value, 3), "parameters": count, "file_bytes": size}
-        rows.append({**row, "folder": path.name, "seconds": round(seconds, 1), **more})
-        print(f"{name:32}{value:14.3f}{count:12}{seconds:8.1f} s", file=sys.stderr, flush=True)
+        rows[:] = [*(one for one in rows if one["model"] != name), {**row, "folder": path.name, **more}]
+        (folder / ROWS).write_text(json.dumps(rows), encoding="utf-8")
+        print(f"{name:32}{value:14.3f}{count:12}", file=sys.stderr, flush=True)
         return value
 
-    add("dense", dense, 0.0)
+    if "dense" not in there:
+        add("dense", dense)
     for case in CASES:
-        start = time.perf_counter()
+        if f"{case.name} damp {case.damps[-1]}" in there:
+            continue
         plan = plan_structured(dense, calibration, method=case.method, **case.kept, progress=False)
-        planned = time.perf_counter() - start
         small = apply_structured(dense, plan, restore="none")
-        bare = add(f"{case.name} unrestored", small, planned, restored=False)
+        bare = add(f"{case.name} unrestored", small, restored=False)
         for damp in case.damps:
-            start, report = time.perf_counter(), StructuredReport()
+            report = StructuredReport()
             small = apply_structured(dense, plan, calibration=calibration, damp=damp, report=report, progress=False)
-            seconds = planned + time.perf_counter() - start
-            value = add(f"{case.name} damp {damp}", small, seconds, restored=True, report=report.to_dict())
-            rows[-1] |= {"ratio": round(value / bare, 4), "wanted": WANTED, "met": value <= WANTED * bare}
-    (folder / ROWS).write_text(json.dumps(rows), encoding="utf-8")
+            add(f"{case.name} damp {damp}", small, bare, restored=True, report=report.to_dict())
     return rows
 
 
 def add_speeds(folder: Path, rows: list[dict[str, Any]], window: Tensor) -> None:
-    """Tokens per second of the first model of each size, to all rows of that size."""
-    sizes: dict[int, dict[str, float]] = {}
+    """Tokens per second of the first model of each size, to all rows of that size: the median of ROUNDS, in turns."""
+    first = {row["parameters"]: row["folder"] for row in reversed(rows)}
+    models = {size: AutoModelForCausalLM.from_pretrained(folder / name).eval() for size, name in first.items()}
+    prefill: dict[int, list[float]] = {size: [] for size in models}
+    decode: dict[int, list[float]] = {size: [] for size in models}
+    for _ in range(ROUNDS):
+        for size, model in models.items():
+            prefill[size].append(prefill_speed(model, window))
+            decode[size].append(decode_speed(model, window[: len(window) // 2]))
     for row in rows:
-        if row["parameters"] not in sizes:
-            model = AutoModelForCausalLM.from_pretrained(folder / row["folder"]).eval()
-            sizes[row["parameters"]] = {
-                "prefill_tokens_per_s": round(prefill_speed(model, window), 1),
-                "decode_tokens_per_s": round(decode_speed(model, window[: len(window) // 2]), 2),
-            }
-        row |= sizes[row["parameters"]]
+        row["prefill_tokens_per_s"] = round(statistics.median(prefill[row["parameters"]]), 1)
+        row["decode_tokens_per_s"] = round(statistics.median(decode[row["parameters"]]), 2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
