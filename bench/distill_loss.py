@@ -198,7 +198,6 @@ def measured(path: Path, kind: str, head: str, dtype: str, repeats: int) -> dict
     for way, own in seconds.items():
         row[f"{way}_s"] = [round(f(own), 3) for f in (min, statistics.median, max)]
     row["time_ratio"] = round(row["ours_s"][1] / row["plain_s"][1], 3)
-    row["products_share"] = round(row["products_s"][1] / row["ours_s"][1], 3)
     for way in WAYS:
         row[f"{way}_extra_mb"] = round(memory(path, way, kind, head, dtype) / 1e6, 1)
         row[f"{way}_gradient_error"] = float(f"{error[way]:.2e}")
