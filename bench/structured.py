@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    *(Case(f"mlp 0.75 {one}", {"mlp": 0.75}, one, (0.1, 0.01) if one == "obs" else (0.1,)) for one in METHODS),
+    *(Case(f"mlp 0.75 {one}", {"mlp": 0.75}, one) for one in METHODS),
     Case("kv groups 2 of 3 obs", {"kv_groups": 2}, "obs"),
     Case("blocks 27 of 30", {"blocks": 27}, "magnitude"),
 )
