@@ -42,11 +42,12 @@ def training_windows(count: int) -> Tensor:
 
 
 def pruned(dense: nn.Module, calibration: Tensor, folder: Path) -> nn.Module:
-    """The dense model with the zeros of sparsegpt-2:4, as stock transformers loads it."""
-    model = copy.deepcopy(dense)
-    recipe = llmkern.Recipe.parse("sparsegpt-2:4", dtype="float32")
-    llmkern.compress(model, recipe, calibration, progress=False)
-    llmkern.save(model, folder, "dense")
+    """The dense model with the zeros of sparsegpt-2:4, as stock transformers loads it; `folder` may hold it already."""
+    if not folder.exists():
+        model = copy.deepcopy(dense)
+        recipe = llmkern.Recipe.parse("sparsegpt-2:4", dtype="float32")
+        llmkern.compress(model, recipe, calibration, progress=False)
+        llmkern.save(model, folder, "dense")
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -68,7 +69,8 @@ def tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, len(batches)))
     module.train()
     for batch in batches:
-        loss = module(input_ids=batch, labels=batch)["loss"]
+        with torch.autocast("cpu", torch.bfloat16):  # the weights and what the optimizer keeps of them stay fp32
+            loss = module(input_ids=batch, labels=batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -83,14 +85,17 @@ def tune(
 def _share(step: int, steps: int) -> float:
     """Of the rate: up in a few steps, then down to 0 along a line."""
     warmup = max(1, round(WARMUP * steps))
-    return min((step + 1) / warmup, (steps - step) / (steps - warmup))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__.split("\n")[0])
     parser.add_argument("--windows", type=int, default=120, help=f"of {LENGTH} tokens to tune on (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-4, help="highest learning rate (%(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-5, help="highest learning rate (%(default)s)")
     parser.add_argument("--ce-weight", type=float, default=1.0, help="beside the divergence (%(default)s)")
+    parser.add_argument(
+        "--pruned", metavar="FOLDER", help="what an earlier run pruned, or is to keep (default: neither)"
+    )
     parser.add_argument("--out", default="recovery", help="bench/results/OUT.json (%(default)s)")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tuned = copy.deepcopy(dense)
     best = add("dense, tuned", tuned, tune(tuned, windows, args.rate, None, 0.0, None))
     with tempfile.TemporaryDirectory() as folder:
-        sparse = pruned(dense, calibration, Path(folder) / "sparse")
+        sparse = pruned(dense, calibration, Path(args.pruned or Path(folder) / "sparse"))
     worst = add("sparsegpt-2:4", sparse, masks=MaskSet.from_model(sparse))
     found: dict[str, nn.Module] = {}
     for name, teacher, ce_weight in (
@@ -131,7 +136,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = llmkern.patch(model, llmkern.Recipe.parse("pack-2:4", dtype="float32"))
         add(f"{name}, packed", model)
         rows[-1] |= {"linear_bytes": report.totals["linear_bytes_after"], "kernel": report.rows[0].kernel}
-    about = {"windows": args.windows, "length": LENGTH, "batch": BATCH, "rate": args.rate, "ce_weight": args.ce_weight}
+    about: dict[str, Any] = {
+        "windows": args.windows,
+        "length": LENGTH,
+        "batch": BATCH,
+        "rate": args.rate,
+        "ce_weight": args.ce_weight,
+    }
+    about["autocast"] = "bfloat16"
     write(args.out, {"tokens": tokens, "tuning": about, "rows": rows})
 
 
