@@ -1,7 +1,7 @@
 """A student of half of SmolLM2-135M's blocks, distilled, against the same student trained without its teacher.
 
 Both start from the same copies of every other block and see the same windows of the builtin text in the same order, by
-the same optimizer; one minimizes the divergence from the teacher, the other the cross-entropy of the text. `dense` is
+the same optimizer; one minimizes the divergence from the teacher, the other the cross-entropy of the text. --dense adds
 the teacher itself trained as the latter: what the text alone is worth to a model that lacks nothing. Quality is that of
 the evaluation windows of `bench.quality`: perplexity, and the share of tokens that are the likeliest in the model's
 view.
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.student", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} windows of {SEQLEN} tokens (%(default)s)")
     parser.add_argument("--rate", type=float, default=5e-4, help="of the students (%(default)s)")
+    parser.add_argument("--dense", action="store_true", help="also the dense control")
     parser.add_argument("--dense-rate", type=float, default=1e-4, help="of the dense control (%(default)s)")
     args = parser.parse_args(argv)
     teacher, _, evaluation, _ = protocol()
@@ -76,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "perplexity": round(value, 3), "accuracy": round(share, 4), "accuracy_kept": round(kept, 4),
             "rate": rate if history else None, "last_loss": round(history[-1]["loss"], 4) if history else None,
         })  # fmt: skip
-        print(
-            f"{name:24}{value:10.3f}  accuracy {share:.4f}  kept {kept:.3f}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{name:24}{value:10.3f}  accuracy {share:.4f}  kept {kept:.3f}", file=sys.stderr, flush=True)
+        write("student", {
+            "steps": args.steps, "tokens": args.steps * BATCH * SEQLEN, "evaluated_tokens": evaluation[:, 1:].numel(),
+            "dtype": "bfloat16 products, fp32 parameters", "rows": rows,
+        })  # fmt: skip
 
     add("teacher", teacher)
     add("student, untrained", drop_layers(teacher))
@@ -88,12 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("student, distilled", student, DistillWrapper(student, teacher))
     student = drop_layers(teacher)
     add("student, text alone", student, TextAlone(student))
-    dense = copy.deepcopy(teacher)
-    add("dense, text alone", dense, TextAlone(dense), args.dense_rate)
-    write("student", {
-        "steps": args.steps, "tokens": args.steps * BATCH * SEQLEN, "evaluated_tokens": evaluation[:, 1:].numel(),
-        "dtype": "bfloat16 products, fp32 parameters", "rows": rows,
-    })  # fmt: skip
+    if args.dense:
+        dense = copy.deepcopy(teacher)
+        add("dense, text alone", dense, TextAlone(dense), args.dense_rate)
 
 
 if __name__ == "__main__":
