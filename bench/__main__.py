@@ -5,7 +5,8 @@ import sys
 
 BENCHMARKS = (
     "import_cost", "overhead", "threads", "after", "linear", "generate", "solvers", "solver_peers", "solver_scaling",
-    "quality", "ablation", "memory", "load", "distill_loss", "demo",
+    "quality", "ablation", "memory", "load", "distill_loss", "structured",
+    "recovery", "student", "toolbox", "demo",
 )  # fmt: skip
 
 
