@@ -6,20 +6,17 @@ A child dies around a flush or a rename, or half-way through a write; the next o
 
 import json
 import os
-import random
-import shutil
-import signal
 import sys
 from pathlib import Path
 
 import tiny
 import torch
-from killed_runs import forked
-from moments import Moments
+from moments import Moments, killed_and_resumed
 
-from llmkern import _files, state, weight_writer
+from llmkern import _files, state
 from llmkern.distill import DistillWrapper, TeacherCache, drop_layers
 from llmkern.distill.training import Settings, train
+from llmkern.state import MANIFEST
 
 KILLS, SEED = 8, 3
 
@@ -27,14 +24,7 @@ KILLS, SEED = 8, 3
 def watched(last):
     """Moments around flushes and renames, and within writes of tensors."""
     moments = Moments(last)
-    write = weight_writer._write
-
-    def in_halves(put, data):
-        write(put, data[: len(data) // 2])
-        moments.pass_by()
-        write(put, data[len(data) // 2 :])
-
-    weight_writer._write = in_halves
+    moments.within_tensors()
     wrapped = {**vars(os), "fsync": moments.around(os.fsync), "replace": moments.around(os.replace)}
     _files.os = state.os = type("Watched", (), wrapped)
     return moments
@@ -65,29 +55,16 @@ def result(folder):
     return {file.name: file.read_bytes() for file in path.iterdir() if file.name != "lock"}
 
 
+def parts_of(folder):
+    manifest = next((path for path in (folder / "c" / MANIFEST, folder / "state" / MANIFEST) if path.exists()), None)
+    found = json.loads(manifest.read_text())["parts"] if manifest else []
+    return found[-1]["name"] if found else None
+
+
 def main():
     torch.set_num_threads(1)
     run, root = {"cache": cache, "train": training}[sys.argv[1]], Path(sys.argv[2])
-    for name in ("warm", "whole"):
-        (root / name).mkdir()
-    run(root / "warm")  # imports whatever is imported late, once for all children
-    code, said = forked(lambda: run(root / "whole"))
-    assert code == 0
-    whole, moments = result(root / "whole"), int(said)
-    different, parts = [], []
-    for last in random.Random(SEED).sample(range(1, moments + 1), KILLS):
-        folder = root / f"killed{last}"
-        folder.mkdir()
-        code, _ = forked(lambda: run(folder, last))  # noqa: B023
-        assert code == -signal.SIGKILL, (last, code)
-        manifest = folder / ("c" if run is cache else "state") / "state.json"
-        found = json.loads(manifest.read_text())["parts"] if manifest.exists() else []
-        parts.append(found[-1]["name"] if found else None)
-        code, _ = forked(lambda: run(folder))  # noqa: B023
-        if code or result(folder) != whole:
-            different.append(last)
-        shutil.rmtree(folder)
-    print(json.dumps({"moments": moments, "parts": parts, "different": different}))
+    print(json.dumps(killed_and_resumed(run, result, parts_of, root, kills=KILLS, seed=SEED)))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,12 @@ every write, flush and rename of a state, half-way through every write, and befo
 import contextlib
 import json
 import os
-import random
-import shutil
-import signal
 import sys
 from pathlib import Path
 
 import tiny
 import torch
-from moments import Moments
+from moments import Moments, killed_and_resumed
 
 import llmkern
 from llmkern import _files, pipeline
@@ -58,20 +55,6 @@ def run(folder, last=0):
     return moments.count
 
 
-def forked(work):
-    """Run `work` in a child; (the signal that ended it or 0, what it returned)."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        with os.fdopen(writer, "w") as pipe:
-            pipe.write(str(work()))
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
-
-
 def result(folder):
     rows = json.loads((folder / "out" / "report.json").read_text())["rows"]
     return (
@@ -81,25 +64,14 @@ def result(folder):
     )
 
 
+def parts_of(folder):
+    manifest = folder / "state" / "state.json"
+    return len(json.loads(manifest.read_text())["parts"]) if manifest.exists() else 0
+
+
 def main():
     torch.set_num_threads(1)
-    root = Path(sys.argv[1])
-    run(root / "warm")  # imports whatever is imported late, once for all children
-    code, said = forked(lambda: run(root / "whole"))
-    assert code == 0
-    whole, moments = result(root / "whole"), int(said)
-    different, parts = [], []
-    for last in random.Random(SEED).sample(range(1, moments + 1), KILLS):
-        folder = root / f"killed{last}"
-        code, _ = forked(lambda: run(folder, last))  # noqa: B023
-        assert code == -signal.SIGKILL, (last, code)
-        manifest = folder / "state" / "state.json"
-        parts.append(len(json.loads(manifest.read_text())["parts"]) if manifest.exists() else 0)
-        code, _ = forked(lambda: run(folder))  # noqa: B023
-        if code or result(folder) != whole:
-            different.append(last)
-        shutil.rmtree(folder)
-    print(json.dumps({"moments": moments, "parts": parts, "different": different}))
+    print(json.dumps(killed_and_resumed(run, result, parts_of, Path(sys.argv[1]), kills=KILLS, seed=SEED)))
 
 
 if __name__ == "__main__":

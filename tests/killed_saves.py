@@ -5,7 +5,6 @@ A child per moment: around every flush, rename and exchange, and half-way throug
 """
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -13,44 +12,23 @@ from pathlib import Path
 
 import tiny
 import torch
-from moments import Moments
+from moments import Moments, forked
 
 import llmkern
-from llmkern import checkpoint_folder, weight_writer
+from llmkern import checkpoint_folder
 from llmkern.nn import PackedLinear
 
 
 def save(model, path, how, last=0):
     """One save; how many moments it had."""
     moments = Moments(last)
-    write = weight_writer._write
-
-    def in_halves(put, data):
-        write(put, data[: len(data) // 2])
-        moments.pass_by()
-        write(put, data[len(data) // 2 :])
-
-    weight_writer._write = in_halves
+    moments.within_tensors()
     checkpoint_folder.flush = moments.around(checkpoint_folder.flush)
     checkpoint_folder.exchange = moments.around(checkpoint_folder.exchange if how == "exchange" else lambda *_: False)
     for name in ("rename", "write_text"):
         setattr(Path, name, moments.around(getattr(Path, name)))
     llmkern.save(model, path, max_shard_size="50KB")
     return moments.count
-
-
-def forked(work):
-    """Run `work` in a child; (the signal that ended it or 0, what it returned)."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        with os.fdopen(writer, "w") as pipe:
-            pipe.write(str(work()))
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 def state(path):
