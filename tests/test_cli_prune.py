@@ -185,7 +185,6 @@ BOTH = "give either --sparsity or some of --mlp, --kv-groups, --heads, --blocks"
         (("--sparsity", "0.5", "--scope", "global"), "--scope global goes with --method magnitude"),
         (("--sparsity", "2:4", "--scope", "global", "--method", "magnitude"), "--scope global goes with"),
         (("--mlp", "0.5", "--scope", "global", "--method", "magnitude"), "--scope global goes with"),
-        (("--mlp", "0.5", "--resume"), "--resume: removing parts keeps nothing"),
         (("--mlp", "1.5"), "argument --mlp: wanted a share in (0, 1) or a number of at least 1, got '1.5'"),
         (("--blocks", "0"), "argument --blocks: wanted a share"),
         (("--kv-groups", "two"), "argument --kv-groups: wanted a share such as 0.75, or a whole number, got 'two'"),
@@ -232,6 +231,39 @@ def test_a_run_that_was_interrupted_goes_on(run, model, corpus, tmp_path, monkey
     code, _, err = run(*command, "--out", out, "--resume")
     assert code == 0
     assert "resuming after 1 finished parts" in err
+    for name in ("model.safetensors", "llmkern.json", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(("after", "there"), [(0, 0), (1, 1), (2, 2), (3, 3)])
+def test_a_removal_that_was_interrupted_goes_on(run, model, corpus, tmp_path, monkeypatch, after, there):  # noqa: F811
+    """Two blocks are planned, then two are restored."""
+    from llmkern.state import State
+
+    command = ["prune", model, "--mlp", "64", "--calibration", corpus, "--samples", 3, "--seqlen", 16]
+    assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        write, written = State.write_tensors, []
+
+        def some(self, part, tensors):
+            if len(written) == after:
+                raise KeyboardInterrupt
+            write(self, part, tensors)
+            written.append(part)
+
+        patch.setattr(State, "write_tensors", some)
+        kept = {0: "", 1: "1 finished parts are kept in", 2: "", 3: "1 finished parts are kept in"}[after]
+        refused(run(*command, "--out", out), 1, "interrupted", kept)
+    if there:
+        refused(run(*command, "--out", out), 1, f"has {there} finished parts in", "--resume")
+        refused(run(*command, "--method", "wanda", "--out", out, "--resume"), 1, "plan_structured: state_dir", "obs")
+        zeros = ("--sparsity", "0.5", "--calibration", corpus, "--samples", 3, "--seqlen", 16, "--out", out)
+        refused(run("prune", model, *zeros), 1, "so it is no state")
+    code, _, err = run(*command, "--out", out, "--resume")
+    assert code == 0
+    assert (f"resuming after {there} finished parts" if there else "nothing to resume") in err
     for name in ("model.safetensors", "llmkern.json", "config.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -32,9 +32,14 @@ def fingerprint(
         "torch": torch.__version__,
         "model": about_model(model, values=values),
         "recipe": recipe.to_dict(),
-        "calibration": digest_of([list(call.args), call.kwargs] for call in calls),
+        "calibration": about_calls(calls),
         "device": "where the blocks are" if device is None else device.type,
     }
+
+
+def about_calls(calls: Iterable[Call]) -> str:
+    """The digest of what a model is called with: the calibration's part of a fingerprint."""
+    return digest_of([list(call.args), call.kwargs] for call in calls)
 
 
 def about_model(model: nn.Module, *, values: bool = True) -> dict[str, Any]:

@@ -83,8 +83,10 @@ class State:
     @property
     def advice(self) -> str:
         """What to tell whoever sees the run end early; empty if nothing is kept."""
+        if not self.parts:
+            return ""
         kept = f"{len(self.parts)} finished parts are kept in {self.folder}"
-        return f"{kept}: the same call on the dense model (llmkern compress --resume) goes on" if self.parts else ""
+        return f"{kept}: the same call on the dense model (on the command line with --resume) goes on"
 
     def read(self, part: str) -> bytes:
         """The bytes of a part, whose checksum was right when the state was opened."""

@@ -155,12 +155,20 @@ def state_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.llmkern-state")
 
 
-def resume(out: Path, asked: bool) -> Path:
-    """The state folder of a run that writes `out`. FileExistsError where there is one that nobody asked to resume."""
+def resume(out: Path, asked: bool, steps: Sequence[str] = ()) -> Path:
+    """The state folder of a run that writes `out`. FileExistsError where there is one that nobody asked to resume.
+
+    steps: the folders in it that hold a state each, where a run has several; and where there is a state of a run that
+    has one, that is no more than in the way.
+    """
     from llmkern.state import parts_in
 
     state = state_folder(out)
-    if (parts := parts_in(state)) and not asked:
+    parts = parts_in(state)
+    if steps and parts:
+        raise FileExistsError(f"--out {out}: {state} is of another kind of run: delete that folder to start again")
+    parts += sum(parts_in(state / step) for step in steps)
+    if parts and not asked:
         raise FileExistsError(
             f"--out {out}: a run that did not end, or still runs, has {parts} finished parts in {state}: "
             "add --resume to go on with it, or delete that folder to start again"

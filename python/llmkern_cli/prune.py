@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
@@ -32,6 +33,7 @@ HELP = (
 ZEROS = ("sparsegpt", "wanda", "magnitude")  # the first is the default
 STRUCTURED = ("obs", "wanda", "magnitude")
 PARTS = ("mlp", "kv_groups", "heads", "blocks")
+STEPS = ("plan", "apply")  # of removing parts: each has a state of its own
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.expanduser().resolve() == Path(args.model).expanduser().resolve():
         raise UsageError(f"--out {args.out}: it is the folder that is read; name another")
     refuse_foreign(args.out)
-    state = None if recipe is None else resume(args.out, args.resume)
+    state = resume(args.out, args.resume, STEPS if recipe is None else ())
     needs_data = True if recipe is None else recipe.needs_calibration
     text = data.read_text(args.calibration) if needs_data else ""
     quiet_transformers()
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         windows = data.calibration_windows(data.token_ids(tokenizer, text), args.samples, args.seqlen, args.seed)
     start = time.perf_counter()
     if recipe is None:
-        result = _remove(args, model, tokenizer, windows, sizes, method)
+        result = _remove(args, model, tokenizer, windows, sizes, method, state)
     else:
         result = _set_to_zero(args, model, tokenizer, windows, recipe, state)
     return {**result, "method": method, "out": str(args.out), "seconds": time.perf_counter() - start}
@@ -123,8 +125,6 @@ def _asked(args: argparse.Namespace) -> tuple[Recipe | None, dict[str, float], s
     if args.scope == "global" and (method != "magnitude" or sizes or ":" in args.sparsity):
         raise UsageError("--scope global goes with --method magnitude and a share: only |w| compares between layers")
     if sizes:
-        if args.resume:
-            raise UsageError("--resume: removing parts keeps nothing of a run that did not end; run it again")
         return None, sizes, method
     sparsity = args.sparsity
     if ":" not in sparsity:
@@ -139,7 +139,7 @@ def _asked(args: argparse.Namespace) -> tuple[Recipe | None, dict[str, float], s
 
 
 def _set_to_zero(
-    args: argparse.Namespace, model: Any, tokenizer: Any, windows: Any, recipe: Recipe, state: Path | None
+    args: argparse.Namespace, model: Any, tokenizer: Any, windows: Any, recipe: Recipe, state: Path
 ) -> dict[str, Any]:
     """Prune through `compress`, whose packed layers say where the zeros are, and save them as dense weights."""
     from dataclasses import replace
@@ -167,8 +167,7 @@ def _set_to_zero(
     if args.scope == "global":
         report.notes.append(f"magnitude {args.sparsity} of all layers together, by one threshold")
     llmkern.save(model, args.out, "dense", tokenizer=tokenizer, report=report)
-    if state is not None:
-        shutil.rmtree(state, ignore_errors=True)
+    shutil.rmtree(state, ignore_errors=True)
     for line in report.problem_lines():
         progress(line)
     size = {row.name: row.shape[0] * row.shape[1] for row in report.rows}
@@ -180,17 +179,25 @@ def _set_to_zero(
 
 
 def _remove(
-    args: argparse.Namespace, model: Any, tokenizer: Any, windows: Any, sizes: dict[str, float], method: str
-) -> dict[str, Any]:
+    args: argparse.Namespace, model: Any, tokenizer: Any, windows: Any, sizes: dict[str, float], method: str,
+    state: Path,
+) -> dict[str, Any]:  # fmt: skip
     """A smaller model, what remains restored by least squares on the calibration."""
     import llmkern
     from llmkern.prune import StructuredReport, apply_structured, plan_structured
     from llmkern.report import model_bytes
 
-    plan = plan_structured(model, windows, method=method, multiple_of=args.multiple_of, **sizes)  # type: ignore[arg-type]
+    plan_state, apply_state = (state / step for step in STEPS)
+    asked: dict[str, Any] = {"method": method, "multiple_of": args.multiple_of, **sizes}
     report = StructuredReport()
-    small = apply_structured(model, plan, calibration=windows, report=report)
+    try:
+        plan = plan_structured(model, windows, **asked, state_dir=plan_state)
+        small = apply_structured(model, plan, calibration=windows, report=report, state_dir=apply_state)
+    finally:
+        with contextlib.suppress(OSError):  # something is kept in it, or it was never made
+            state.rmdir()
     llmkern.save(small, args.out, "dense", tokenizer=tokenizer)
+    shutil.rmtree(state, ignore_errors=True)
     return {
         **report.to_dict(),
         "plan": plan.to_dict(),

@@ -6,8 +6,9 @@ fitted a second time. A block whose next ones are removed comes closest to what 
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from llmkern.blocks import Call
 from llmkern.experts import ROUNDING
 from llmkern.nn import dense_weight, is_conv1d
 from llmkern.prune import parts
+from llmkern.prune.durable import Durable
 from llmkern.prune.narrow import Cut
 from llmkern.prune.removed import Removed, StructuredReport
 from llmkern.prune.restore import Fit
@@ -35,22 +37,35 @@ class Restoration:
         self.cut, self.walk, self.hidden, self.report = cut, walk, hidden, report
         self.small = list(small.get_submodule(cut.name).children())
 
-    def run(self, damp: float | None, progress: bool) -> None:
-        """Check that what was cut is what was meant, and restore with this damping; None for no restoration."""
+    def describe(self) -> None:
+        """Check that what was cut is what was meant, and report what was cut, with no restoration."""
         self._check()
-        if damp is not None and (first := self.cut.indices[0]):
+        for at in range(len(self.small)):
+            self.report.rows += [row for row, _ in self._rows(at, ())]
+
+    def run(self, damp: float, kept: Durable, progress: bool) -> None:
+        """Check that what was cut is what was meant, and restore with this damping what is not kept already."""
+        self._check()
+        if first := self.cut.indices[0]:
             self._note(range(first), "no block stands before")
         bar = Progress(CALLER, len(self.small), progress)
         for at, block in enumerate(self.small):
-            gone = self.cut.removed_after(at) if damp is not None else ()
+            gone = self.cut.removed_after(at)
+            fitted: dict[str, Tensor] = {}
+            known = kept.read(at) if at < kept.done else None
             for row, reader in self._rows(at, gone):
-                if damp is not None:
+                layer = block.get_submodule(reader)
+                if known is None:
                     # The last reader of the block: what it adds is what the block hands on.
                     self._refit(at, reader, gone if row.blocks else (), damp, row)
+                    fitted |= _to_keep(reader, layer, row)
+                else:
+                    _recall(reader, layer, row, known)
                 self.report.rows.append(row)
-            if damp is not None and at + 1 < len(self.small):
-                for number, call in enumerate(self._calls(at)):
-                    self.hidden.put(number, run(block, call, {})[0])
+            if known is None:
+                kept.write(at, fitted)
+            if at + 1 < len(self.small):
+                self.walk.hand_on(self.cut.indices[at], block, self.hidden)
             bar.step(f"{self.cut.name}.{at}")
 
     def _rows(self, at: int, gone: Sequence[int]) -> list[tuple[Removed, str]]:
@@ -153,6 +168,23 @@ class Restoration:
         if found.bias is not None:
             layer.bias.add_(found.bias)
         row.error_before, row.error_after, row.notes = found.before, found.after, found.notes
+
+
+def _to_keep(reader: str, layer: Any, row: Removed) -> dict[str, Tensor]:
+    """What restoration made of a layer and its row, as tensors."""
+    found = {
+        f"{reader}.errors": torch.tensor([row.error_before, row.error_after], dtype=torch.float64),
+        f"{reader}.notes": torch.tensor(list(json.dumps(row.notes).encode()), dtype=torch.uint8),
+    }
+    return found | {f"{reader}.{name}": value.detach() for name, value in layer.named_parameters(recurse=False)}
+
+
+def _recall(reader: str, layer: Any, row: Removed, found: Mapping[str, Tensor]) -> None:
+    """Put what `_to_keep` gave where it was."""
+    for name, value in layer.named_parameters(recurse=False):
+        value.copy_(found[f"{reader}.{name}"])
+    row.error_before, row.error_after = found[f"{reader}.errors"].tolist()
+    row.notes = tuple(json.loads(bytes(found[f"{reader}.notes"].tolist())))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from llmkern import fingerprint
 from llmkern.activations import Store
 from llmkern.calibration import Calibration
 from llmkern.prune import rebuild
+from llmkern.prune.durable import Durable
 from llmkern.prune.narrow import planned
 from llmkern.prune.plan import StructuredPlan
 from llmkern.prune.removed import StructuredReport
@@ -22,7 +24,7 @@ CALLER = "apply_structured"
 def apply_structured(
     model: nn.Module, plan: StructuredPlan, *, calibration: Calibration | None = None, restore: str = "ls",
     damp: float = 0.1, progress: bool = True, activation_budget: int | None = None,
-    report: StructuredReport | None = None,
+    report: StructuredReport | None = None, state_dir: str | Path | None = None,
 ) -> Any:  # fmt: skip
     """The smaller dense model of `plan`: of the same class, for `save_pretrained` and stock `from_pretrained`.
 
@@ -35,11 +37,12 @@ def apply_structured(
     removed, the MLP of the block before them makes up for them in the same way; a warning says where nothing can (no
     block before, a mixture of experts, a norm after the MLP). restore="none" leaves what remains as it was, for
     comparison.
-    activation_budget: as for `compress`. report: filled with what was removed and the errors.
+    activation_budget: as for `compress`. report: filled with what was removed and the errors. state_dir: a folder in
+    which every restored block is kept; the same call goes on from there, to the same bits.
 
     Raises before any work starts. ValueError: a plan for another model, a plan that does not fit the model, no
-    calibration for "ls", another `restore`, a damp that is not positive. TypeError: what is no plan, or no transformers
-    model.
+    calibration for "ls", another `restore`, a damp that is not positive, the state of another run. TypeError: what is
+    no plan, or no transformers model. And what `llmkern.state.State` raises.
     """
     if not isinstance(plan, StructuredPlan):
         raise TypeError(f"{CALLER}: plan must be a StructuredPlan, got {type(plan).__name__}")
@@ -58,9 +61,15 @@ def apply_structured(
     rebuild.fill(small, model, cut.tensors())
     report = StructuredReport() if report is None else report
     if walk is not None:
+        about = {"plan": fingerprint.digest_of(plan.to_json()), "model": plan.model, "damp": damp}
         with calm(model, small), Store(activation_budget) as hidden:
             walk.enter(hidden)
-            Restoration(cut, small, walk, hidden, report).run(damp if restore == "ls" else None, progress)
+            restoration = Restoration(cut, small, walk, hidden, report)
+            if restore == "ls":
+                with Durable(state_dir, walk, about) as durable:
+                    restoration.run(damp, durable, progress)
+            else:
+                restoration.describe()
     kept = set(cut.indices)
     report.blocks_removed = [f"{cut.name}.{k}" for k in range(len(cut.all_blocks())) if k not in kept]
     report.parameters_before, report.parameters_after = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
 
 from llmkern import fingerprint
 from llmkern._progress import Progress
@@ -10,6 +13,7 @@ from llmkern.activations import Store
 from llmkern.calibration import Calibration
 from llmkern.nn import dense_weight
 from llmkern.prune import rebuild, walk
+from llmkern.prune.durable import Durable
 from llmkern.prune.parts import Part
 from llmkern.prune.plan import KeptBlock, StructuredPlan
 from llmkern.prune.selection import METHODS, Costs, choose, costs
@@ -23,6 +27,7 @@ def plan_structured(
     model: nn.Module, calibration: Calibration | None = None, *, mlp: float | None = None,
     kv_groups: float | None = None, heads: float | None = None, blocks: float | None = None, method: str = "obs",
     multiple_of: int = 64, damp: float = 0.01, progress: bool = True, activation_budget: int | None = None,
+    state_dir: str | Path | None = None,
 ) -> StructuredPlan:  # fmt: skip
     """Choose the MLP channels, heads and blocks of `model` that stay, for `apply_structured`. The model stays as it is.
 
@@ -38,12 +43,14 @@ def plan_structured(
     classes can be.
 
     method: "obs", "wanda" or "magnitude", see `llmkern.prune.selection`. damp: what obs adds to the diagonal of the
-    Hessian, relative to its mean. activation_budget: as for `compress`.
+    Hessian, relative to its mean. activation_budget: as for `compress`. state_dir: a folder in which what was
+    chosen of every finished block is kept; the same call goes on from there to the same plan. By weights alone a plan
+    is made at once, and nothing is kept.
 
     Raises before any work starts. ValueError: nothing to remove, a share or number that is out of range or no multiple,
     an MLP or attention that is not recognised (a mixture of experts), heads that do not divide, a model whose
-    configuration cannot say what would be removed (fewer heads of GPT-2, BERT or OPT), no calibration. TypeError: no
-    transformers model, or a size of another type.
+    configuration cannot say what would be removed (fewer heads of GPT-2, BERT or OPT), no calibration, the state of
+    another run. TypeError: no transformers model, or a size of another type. And what `llmkern.state.State` raises.
     """
     if method not in METHODS:
         raise ValueError(f"{CALLER}: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -54,16 +61,22 @@ def plan_structured(
         model, mlp=mlp, kv_groups=kv_groups, heads=heads, blocks=blocks, multiple_of=multiple_of, caller=CALLER
     )
     wanted.cut(wanted.first()).skeleton(CALLER)
-    choice = _Choice(wanted, method, damp)
+    choice, about = _Choice(wanted, method, damp), fingerprint.about_model(model)
     if choice.needs_data or calibration is not None:
+        asked = {
+            "mlp": mlp, "kv_groups": kv_groups, "heads": heads, "blocks": blocks, "method": method,
+            "multiple_of": multiple_of, "damp": damp,
+        }  # fmt: skip
         with walk.calm(model), Store(activation_budget) as hidden:
-            choice.on_data(walk.Walk(model, calibration, CALLER), hidden, progress)
+            path = walk.Walk(model, calibration, CALLER)
+            with Durable(state_dir, path, {"model": about, "plan": asked}) as kept:
+                choice.on_data(path, hidden, kept, progress)
     else:
         choice.by_weights()
     cut = wanted.cut(choice.kept())
     cut.skeleton(CALLER)
     return StructuredPlan(
-        method, fingerprint.about_model(model), cut.changes(), cut.kept,
+        method, about, cut.changes(), cut.kept,
         channel_reader=wanted.mlp.reader if wanted.mlp else None,
         head_reader=wanted.attention.reader if wanted.attention else None,
         influence=tuple(choice.influence),
@@ -89,31 +102,56 @@ class _Choice:
         for block in self.wanted.all_blocks():
             self._see(block, {})
 
-    def on_data(self, walk_: walk.Walk, hidden: Store, progress: bool) -> None:
-        """See all blocks, each on what the dense model hands it."""
+    def on_data(self, walk_: walk.Walk, hidden: Store, kept: Durable, progress: bool) -> None:
+        """See all blocks that are not kept already, each on what the dense model hands it."""
         bar = Progress(f"{CALLER} {self.method}", self.wanted.count, progress)
-        walk_.enter(hidden)
-        readers = [part.reader for part in self._parts()] if self.method != "magnitude" else []
+        if kept.done < self.wanted.count:
+            walk_.enter(hidden)
         for k, block in enumerate(self.wanted.all_blocks()):
-            hessians: dict[str, Hessian] = {}
-            cosines = count = 0.0
-            for at, call in enumerate(walk_.calls(k, hidden)):
-                output, seen = walk.run(block, call, {name: block.get_submodule(name) for name in readers})
-                for name, (x, _) in seen.items():
-                    tokens = walk_.counted(at, x)
-                    if name not in hessians:
-                        hessians[name] = Hessian(tokens.shape[-1], tokens.device)
-                    try:
-                        hessians[name].add(tokens)
-                    except ValueError as error:
-                        raise ValueError(f"{CALLER}: the input of {walk_.name}.{k}.{name}: {error}") from None
-                before, after = walk_.counted(at, walk_.state(at, hidden)), walk_.counted(at, output)
-                cosines += float(nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum())
-                count += len(before)
-                hidden.put(at, output)
-            self.influence.append(1 - cosines / count)
-            self._see(block, hessians)
+            if k < kept.done:
+                self._recall(kept.read(k))
+                if kept.done < self.wanted.count:
+                    walk_.hand_on(k, block, hidden)
+            else:
+                self._see(block, self._gather(walk_, k, block, hidden))
+                kept.write(k, self._to_keep())
             bar.step(f"{self.wanted.name}.{k}")
+
+    def _gather(self, walk_: walk.Walk, k: int, block: nn.Module, hidden: Store) -> dict[str, Hessian]:
+        """Run block k, note its influence, and take the moments of what is to get narrower."""
+        readers = [part.reader for part in self._parts()] if self.method != "magnitude" else []
+        hessians: dict[str, Hessian] = {}
+        cosines = count = 0.0
+        for at, call in enumerate(walk_.calls(k, hidden)):
+            output, seen = walk.run(block, call, {name: block.get_submodule(name) for name in readers})
+            for name, (x, _) in seen.items():
+                tokens = walk_.counted(at, x)
+                if name not in hessians:
+                    hessians[name] = Hessian(tokens.shape[-1], tokens.device)
+                try:
+                    hessians[name].add(tokens)
+                except ValueError as error:
+                    raise ValueError(f"{CALLER}: the input of {walk_.name}.{k}.{name}: {error}") from None
+            before, after = walk_.counted(at, walk_.state(at, hidden)), walk_.counted(at, output)
+            cosines += float(nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).sum())
+            count += len(before)
+            hidden.put(at, output)
+        self.influence.append(1 - cosines / count)
+        return hessians
+
+    def _to_keep(self) -> dict[str, Tensor]:
+        """What was found for the last block, as tensors."""
+        found = {"influence": torch.tensor(self.influence[-1], dtype=torch.float64)}
+        for name, units in (("channels", self.channels[-1]), ("heads", self.heads[-1])):
+            if units is not None:
+                found[name] = torch.tensor(units)
+        return found
+
+    def _recall(self, found: dict[str, Tensor]) -> None:
+        """What `_to_keep` gave of the next block."""
+        self.influence.append(float(found["influence"]))
+        for name, all_units in (("channels", self.channels), ("heads", self.heads)):
+            all_units.append(tuple(found[name].tolist()) if name in found else None)
 
     def kept(self) -> list[KeptBlock]:
         """The blocks that stay, with their units."""

@@ -57,6 +57,11 @@ class Walk:
         """The call of block k in batch `at` on this hidden state."""
         return self.chain.join(self._frames[at][self.chain.kind[k]], state)
 
+    def hand_on(self, k: int, block: nn.Module, hidden: Store) -> None:
+        """Run `block` in the place of block k; what it hands on takes the place of its inputs."""
+        for at, call in enumerate(self.calls(k, hidden)):
+            hidden.put(at, run(block, call, {})[0])
+
     def state(self, at: int, hidden: Store) -> Tensor:
         """The hidden state of batch `at`."""
         if (found := hidden.get(at)) is None:
