@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkern import _dense
+from llmkern import _dense, _memory, _pages
 from llmkern.formats import Int4Weight, Sparse24Int4Weight, Sparse24Weight, _base
 from llmkern.solvers import Hessian, columns, hessian, refit, solution
 from llmkern.solvers.grid import find_grid
@@ -28,12 +28,43 @@ def test_add_product_of_parts(n: int, k: int, m: int) -> None:
 def test_large_matrices_are_like_others() -> None:
     like = torch.zeros(1)
     for n, k in ((3, 5), (0, 7), (4096, 2049)):
-        matrix = _dense.large_empty(n, k, like=like)
+        matrix = _pages.large_empty(n, k, like=like)
         assert (matrix.shape, matrix.dtype, matrix.is_contiguous()) == ((n, k), torch.float32, True)
         assert float(matrix.fill_(2).sum()) == 2 * n * k
     other = matrix.clone()
-    del matrix  # its memory goes with it
-    assert float(other[-1].sum()) == 2 * 2049
+    part = matrix[1:]
+    del matrix  # its memory stays for its part
+    another = _pages.large_empty(4096, 2049, like=like).fill_(3)
+    assert float(part[-1].sum()) == float(other[-1].sum()) == 2 * 2049
+    assert float(another[-1].sum()) == 3 * 2049
+
+
+def test_memory_of_large_matrices_is_used_again(monkeypatch) -> None:
+    like, shape, other = torch.zeros(1), (4096, 2052), (4096, 2056)
+    if not hasattr(_pages.mmap, "MADV_HUGEPAGE"):
+        pytest.skip("no huge pages here")
+
+    def place(shape: tuple[int, int]) -> int:
+        return _pages.large_empty(*shape, like=like).data_ptr()
+
+    def kept() -> list[int]:
+        return [len(room) for room in _pages._rooms._free]
+
+    _pages.give_back()
+    size, larger = (4 * n * k for n, k in (shape, other))
+    monkeypatch.setattr(_memory, "available", lambda: _pages.SHARE * (size + larger))
+    first = place(shape)
+    assert kept() == [size]
+    assert place(shape) == first
+    a, b = (_pages.large_empty(*shape, like=like) for _ in range(2))
+    assert a.data_ptr() != b.data_ptr()
+    assert kept() == []
+    place(other)
+    assert kept() == [larger]
+    del a, b
+    assert kept() == [size, size]  # the oldest went: the three are more than may be kept
+    _pages.give_back()
+    assert kept() == []
 
 
 @pytest.mark.parametrize("count", range(1, 10))

@@ -7,8 +7,6 @@ torch's own product runs. On a GPU the products are torch's, in fp32 whatever th
 
 from __future__ import annotations
 
-import math
-import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +20,6 @@ from llmkern import _features
 
 # Fewer multiplications than this take longer to hand over than to do.
 WORTH = 1 << 18
-# Bytes from which the C library asks the system for memory each time, and the system clears it page by page.
-LARGE = 32 << 20
 # Rows per part of `add_product`: enough for full speed, few enough that the copy and the product stay in cache.
 ROWS = 1024
 
@@ -56,19 +52,6 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, less: Tensor) -> None:
     for start in range(0, len(a), ROWS):
         rows = slice(start, start + ROWS)
         out[rows] += product(a[rows] - less[rows], b)
-
-
-def large_empty(*shape: int, like: Tensor) -> Tensor:
-    """An uninitialised fp32 tensor on like's device; on a CPU in huge pages where there are any.
-
-    Clearing a fresh matrix of 64 MiB by pages of 4 KiB takes longer than to copy one (20 ms against 6).
-    """
-    size = 4 * math.prod(shape)
-    if not on_host(like) or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape, dtype=torch.float32)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
 
 
 def take_columns(x: Tensor, order: Tensor, out: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmkern import _memory
-from llmkern._dense import large_empty, on_host
+from llmkern._dense import on_host
+from llmkern._pages import large_empty
 
 # A matrix of more than this share of the available memory is mapped: a solver has up to five of them at a time.
 SHARE = 8
@@ -21,7 +22,7 @@ def zeros(k: int, device: torch.device | str | None = None) -> Tensor:
     """An fp32 [k, k] matrix of zeros, which all code may use as any other; mapped where it is `_mapped`."""
     like = torch.empty(0, device=device)
     mapped = _mapped(k, like)
-    return torch.zeros(k, k, device=device) if mapped is None else mapped
+    return large_empty(k, k, like=like).zero_() if mapped is None else mapped
 
 
 def empty(k: int, like: Tensor) -> Tensor:

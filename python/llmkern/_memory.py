@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -25,21 +22,6 @@ def available(device: torch.device | str = "cpu") -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min((size for size in (_machine(), *_groups(), _limit()) if size is not None), default=None)
-
-
-@cache
-def _trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library than glibc
-        return None
-
-
-def give_back() -> None:
-    """Hand freed memory back to the system, where the C library would keep it for itself (glibc)."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
 
 
 def raw(tensor: Tensor) -> memoryview:

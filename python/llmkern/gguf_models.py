@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def load(path: Path, dtype: torch.dtype | None = None) -> Any:
     if hasattr(transformers, "GgufConfig"):  # from 5.24 on it may keep a quantized weight in its blocks
         options["quantization_config"] = transformers.GgufConfig(gguf_file=path.name, dequantize=True)
     read_model: Any = transformers.AutoModelForCausalLM.from_pretrained
-    with _explained(path):
+    with _explained(path), _one_table_of_names():
         model, info = read_model(
             path.parent, gguf_file=path.name, config=made, dtype=dtype, output_loading_info=True, **options
         )
@@ -107,6 +108,22 @@ def _need_gguf() -> None:
 
     need_module("gguf", "reading a GGUF file")
     need_module("accelerate", "reading a GGUF file")
+
+
+@contextmanager
+def _one_table_of_names() -> Iterator[None]:
+    """Inside, gguf makes its table of names once for each architecture and number of blocks.
+
+    transformers' older reader asks for it anew for every module of the model, which takes most of a load's time.
+    """
+    import gguf
+
+    make = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(make)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = make
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 
 from llmkern import blocks, experts, listed_experts
 from llmkern._dense import dense_by_onednn
+from llmkern._pages import give_back
 from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, SharedInputs
@@ -111,6 +112,7 @@ def compress(
                 report.notes.append('experts="all" changed nothing: no mixture of experts ran during calibration')
             report.annotate(notes)
             report.note_few_tokens()
+    give_back()
     report.model_bytes_after = model_bytes(model)
     report.seconds = time.perf_counter() - start
     return report

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import blocks, experts
-from llmkern._memory import give_back
+from llmkern._pages import give_back
 from llmkern.experts import Experts
 from llmkern.nn import BLOCK_MARK
 from llmkern.weight_files import Files, Reader, read_config, skeleton

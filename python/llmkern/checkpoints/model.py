@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkern import experts
-from llmkern._memory import give_back
+from llmkern._pages import give_back
 from llmkern.checkpoints.folder import CACHE, Folder
 from llmkern.checkpoints.layers import read_layer, stack
 from llmkern.checkpoints.scheme import BadTensor, Layer, Scheme

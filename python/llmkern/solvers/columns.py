@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import add_product, large_empty, on_host, product, squared, take_columns
+from llmkern._dense import add_product, on_host, product, squared, take_columns
+from llmkern._pages import large_empty
 from llmkern.solvers._checks import Pattern
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor

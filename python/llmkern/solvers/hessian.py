@@ -80,7 +80,7 @@ class Hessian:
             raise ValueError("Hessian: the matrix has a negative diagonal entry, so it is no second moment")
         hessian = cls(len(matrix), matrix.device)
         hessian.tokens = tokens
-        hessian._sum = matrix * tokens
+        torch.mul(matrix, tokens, out=hessian._sum)
         return hessian
 
     @property
@@ -171,15 +171,17 @@ class Hessian:
     def damped(self, damp: float, order: Tensor | None = None) -> Tensor:
         """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features.
 
-        With `order`, int64 [K], of rows and columns in that order.
+        With `order`, int64 [K], of rows and columns in that order, and zeros well below the diagonal.
         """
         raw, dead = self.raw(), self.dead()
         matrix = _large.empty(self.k, like=raw)
         if order is None:
             matrix.copy_(raw)
         else:
-            for rows, places in zip(matrix.split(ROWS), order.split(ROWS), strict=True):
-                take_columns(raw.index_select(0, places), order, rows)
+            for start in range(0, self.k, ROWS):
+                rows = matrix[start : start + ROWS]
+                rows[:, :start] = 0
+                take_columns(raw.index_select(0, order[start : start + ROWS]), order[start:], rows[:, start:])
             dead = dead[order]
         matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
         return matrix
