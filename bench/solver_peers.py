@@ -3,7 +3,8 @@
 Each library runs in a process of its own, in the environment that `--env NAME=PYTHON` names; one that is not given is
 a row that says so. All solve the same weights with the same second moment, in turn, so that all see the same load; the
 losses, tr((W-Q) H (W-Q)ᵀ) / tr(W H Wᵀ), are taken here of the dense weights they return. Peers' scales are found before
-their clock starts, ours while it runs. 576-column layers have groups of 64 (128 does not divide them), others of 128.
+their clock starts, ours while it runs. Each is timed right after an untimed solve of the same, as the layers of a model
+follow each other. 576-column layers have groups of 64 (128 does not divide them), others of 128.
 """
 
 from __future__ import annotations
