@@ -70,6 +70,23 @@ def test_logits_are_those_of_the_dense_model(tiny, how):
     assert tokenizer("then", add_special_tokens=False)["input_ids"] == [257, tiny_gguf.byte_tokens().index("n")]
 
 
+def test_a_file_is_gone_through_once(tiny, monkeypatch):
+    """transformers reads it for the configuration, the tokenizer and the model, and makes a table per module."""
+    import gguf
+
+    asked = []
+
+    def counted(name):
+        make = getattr(gguf, name)
+        monkeypatch.setattr(gguf, name, lambda *args: asked.append(name) or make(*args))
+        return getattr(gguf, name)
+
+    watched = {name: counted(name) for name in ("GGUFReader", "get_tensor_name_map")}
+    load_model(str(tiny[0]))
+    assert sorted(asked) == sorted(watched)
+    assert all(getattr(gguf, name) is there for name, there in watched.items())
+
+
 def test_a_model_from_gguf_compresses_saves_and_loads(tiny, tmp_path):
     model = load_model(str(tiny[0])).model
     llmkern.compress(model, "rtn-int8", progress=False)

@@ -74,18 +74,19 @@ def load(path: Path, dtype: torch.dtype | None = None) -> Any:
     """
     header = read(path)
     dtype = dtype or dtype_of(header)
-    made = config(header)
     import transformers
 
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # from 5.24 on it may keep a quantized weight in its blocks
         options["quantization_config"] = transformers.GgufConfig(gguf_file=path.name, dequantize=True)
     read_model: Any = transformers.AutoModelForCausalLM.from_pretrained
-    with _explained(path), _one_table_of_names():
-        model, info = read_model(
-            path.parent, gguf_file=path.name, config=made, dtype=dtype, output_loading_info=True, **options
-        )
-        left = [*_without_place(model, header), *sorted(info["unexpected_keys"])]
+    with read_once():
+        made = config(header)
+        with _explained(path):
+            model, info = read_model(
+                path.parent, gguf_file=path.name, config=made, dtype=dtype, output_loading_info=True, **options
+            )
+            left = [*_without_place(model, header), *sorted(info["unexpected_keys"])]
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{path}: no tensor for {len(missing)} parameters of {type(model).__name__}, as {missing[0]}")
     if left := [name for name in left if name != ROPE_FACTORS]:
@@ -111,19 +112,23 @@ def _need_gguf() -> None:
 
 
 @contextmanager
-def _one_table_of_names() -> Iterator[None]:
-    """Inside, gguf makes its table of names once for each architecture and number of blocks.
+def read_once() -> Iterator[None]:
+    """Inside, the package gguf goes through a file once, and makes its table of names once.
 
-    transformers' older reader asks for it anew for every module of the model, which takes most of a load's time.
+    transformers asks for the former for the configuration, the tokenizer and the model (each time for the pieces of
+    every word), and its older reader for the latter for every module of the model: most of a load's time.
     """
+    _need_gguf()
     import gguf
 
-    make = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = cache(make)
+    whole = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in whole.items():
+        setattr(gguf, name, cache(make))
     try:
         yield
     finally:
-        gguf.get_tensor_name_map = make
+        for name, make in whole.items():
+            setattr(gguf, name, make)
 
 
 @contextmanager

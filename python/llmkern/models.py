@@ -34,8 +34,9 @@ def load_model(name: str, *, device: torch.device | str | None = None, dtype: to
     need_transformers()
     if (gguf := gguf_file(name)) is not None:
         wanted = torch.float32 if name == "smollm2" else None if dtype == "auto" else _dtype(dtype)
-        model = gguf_models.load(gguf, wanted)
-        return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
+        with gguf_models.read_once():
+            model = gguf_models.load(gguf, wanted)
+            return Loaded(model.to(device) if device is not None else model, load_tokenizer(name))
     folder = Path(name).expanduser()
     refuse_missing(name, folder)
     if folder.is_dir() and _packed(folder):
