@@ -1,7 +1,8 @@
 """What each improvement of the solvers is worth: perplexity of SmolLM2-135M on the windows of bench.quality.
 
 From the published algorithm to the default, one step at a time. `tokens` weights the tokens of the layers' Hessians by
-what the model's output feels, `outputs` couples the rows; "model" is both.
+what the model's output feels, `outputs` couples the rows; "model" is both. What follows the columns there, scales and
+codes in turn, is shown apart.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import llmkern
 from bench.quality import protocol
 from bench.results import write
+from llmkern import solve, solvers
 from llmkern.evaluate import perplexity
 from llmkern.fisher import Sensitivity
 
 PUBLISHED = {"act_order": "dynamic", "clip": None}
-# (what it is, fields of the recipe, the part of the sensitivity that is used)
+# (what it is, fields of the recipe, the parts of what "model" does that are used)
 STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     "gptq-int3-g64": [
         ("published", PUBLISHED, ""),
@@ -32,9 +35,11 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("tokens", {}, "tokens"),
         ("outputs", {}, "outputs"),
         ("model", {}, "tokens and outputs"),
+        ("model, scales refit", {}, "tokens and outputs and scales"),
+        ("model, scales and codes in turn", {}, "all"),
     ],
-    "gptq-int4": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, "tokens and outputs")],
-    "gptq-int4-g64": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, "tokens and outputs")],
+    "gptq-int4": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, "all")],
+    "gptq-int4-g64": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, "all")],
     "sparsegpt-2:4": [
         ("published", {"refit": False}, ""),
         ("mask by ADMM, refit", {"objective": "layer"}, ""),
@@ -52,16 +57,22 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
 
 @contextmanager
 def only(parts: str) -> Iterator[None]:
-    """Inside, `compress` uses these parts of what it knows of the model's output."""
-    weights = Sensitivity.weights if "tokens" in parts else lambda self, batch: {}
-    take = Sensitivity.take if "outputs" in parts else lambda self, name: None
-    with mock.patch.object(Sensitivity, "weights", weights), mock.patch.object(Sensitivity, "take", take):
+    """Inside, `compress` uses these parts of what it knows of the model's output, and does these after the columns."""
+    every = parts == "all"
+    weights = Sensitivity.weights if every or "tokens" in parts else lambda self, batch: {}
+    take = Sensitivity.take if every or "outputs" in parts else lambda self, name: None
+    after = {} if every else {"descent": 0, "scale_refit": None if "scales" in parts else 0}
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(Sensitivity, "weights", weights))
+        patches.enter_context(mock.patch.object(Sensitivity, "take", take))
+        patches.enter_context(mock.patch.object(solve, "gptq", partial(solvers.gptq, **after)))
         yield
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__.split("\n")[0])
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(STEPS)} (all)")
+    parser.add_argument("--steps", metavar="STEP", nargs="+", help="only these steps of the recipes (all)")
     parser.add_argument("--out", default="ablation", help="bench/results/OUT.json (%(default)s)")
     args = parser.parse_args(argv)
     if unknown := set(args.recipes) - set(STEPS):
@@ -70,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name in args.recipes or STEPS:
         for step, fields, parts in STEPS[name]:
+            if args.steps and step not in args.steps:
+                continue
             model, start = copy.deepcopy(dense), time.perf_counter()
             with only(parts):
                 llmkern.compress(model, llmkern.Recipe.parse(name, **fields), calibration, progress=False)

@@ -392,7 +392,7 @@ def with_nan(tensor):
         (lambda: gptq(W, H, group_size=32, damp=float("nan")), "damp must be"),
         (lambda: gptq(W, H, group_size=32, act_order="yes"), "act_order must be one of 'static'"),
         (lambda: gptq(W, H, group_size=32, clip="max"), "clip must be one of"),
-        (lambda: gptq(W, H, group_size=32, descent=-1), "descent must be"),
+        (lambda: gptq(W, H, group_size=32, descent=-1), "descent must be an int"),
         (lambda: gptq(W, H, group_size=32, mask=torch.ones(4, 31, dtype=torch.bool)), "mask must be"),
         (lambda: rtn(W, group_size=32, clip="hessian"), "needs a Hessian"),
         (lambda: sparsegpt(W, H, sparsity=1.0), r"sparsity must be a number in \[0, 1\)"),

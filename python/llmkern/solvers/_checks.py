@@ -76,10 +76,13 @@ def check_damp(name: str, damp: float) -> None:
         raise ValueError(f"{name}: damp must be a finite number >= 0, got {damp!r}")
 
 
-def check_passes(name: str, descent: int) -> None:
-    """ValueError unless descent is an int >= 0."""
-    if isinstance(descent, bool) or not isinstance(descent, int) or descent < 0:
-        raise ValueError(f"{name}: descent must be a number of passes >= 0, got {descent!r}")
+def count_or(name: str, argument: str, count: int | None, default: int) -> int:
+    """A number of passes or steps, or what it is by default (None); ValueError unless it is an int >= 0."""
+    if count is None:
+        return default
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"{name}: {argument} must be an int >= 0, got {count!r}")
+    return count
 
 
 def live(weight: Tensor, hessian: Hessian) -> Tensor:

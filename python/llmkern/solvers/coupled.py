@@ -78,6 +78,8 @@ def coupled_descent(
     for each while all others stay as they are. They may all make up for one error then, so a step that does not lower
     the objective is not taken.
     """
+    if not passes:
+        return q
     if output is None:
         return descend(w, q, damped, grid, mask, passes)
     q = q.clone()

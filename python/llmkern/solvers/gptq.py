@@ -16,23 +16,26 @@ from llmkern.solvers._checks import (
     check_choice,
     check_damp,
     check_keep_mask,
-    check_passes,
+    count_or,
     live,
 )
 from llmkern.solvers.columns import gptq_columns
-from llmkern.solvers.coupled import coupled_columns, coupled_descent
+from llmkern.solvers.coupled import coupled_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
 from llmkern.solvers.output import OutputHessian, check_output
+from llmkern.solvers.polish import polish
 from llmkern.solvers.solution import Solution, pack_quantized, relative_loss
 
 ORDERS = ("static", "dynamic", None)
+DESCENT, SCALE_STEPS = 2, 10  # for coupled rows
 
 
 def gptq(
     weight: Tensor, hessian: Hessian | Tensor, *, bits: int = 4, group_size: int | None = 128, symmetric: bool = True,
     act_order: str | None = "static", clip: str | None = "hessian", damp: float = 0.01, mask: Tensor | None = None,
-    descent: int = 0, scale_dtype: torch.dtype = torch.float32, output: OutputHessian | None = None,
+    descent: int | None = None, scale_dtype: torch.dtype = torch.float32, output: OutputHessian | None = None,
+    scale_refit: int | None = None,
 ) -> Solution:  # fmt: skip
     """Quantize weight [N, K] to `bits` (2 to 8) so that the layer's output on its calibration input changes least.
 
@@ -40,9 +43,13 @@ def gptq(
     beforehand and takes the columns in order of falling diag(H) (groups stay contiguous: no index at inference);
     None takes them in natural order; "dynamic" is the published algorithm without activation order, which finds a
     group's scale when it reaches it. clip: how scales are found, see `llmkern.solvers.grid.find_grid`. mask: bool
-    [N, K], False = stays 0. descent: passes of coordinate descent over the codes afterwards. scale_dtype: what scales
-    are stored in; codes are chosen on the rounded scales. output: which errors of the outputs matter (`OutputHessian`);
-    rows are then rounded with feedback between them as well. Not with act_order="dynamic".
+    [N, K], False = stays 0. scale_dtype: what scales are stored in; codes are chosen on the rounded scales. output:
+    which errors of the outputs matter (`OutputHessian`); rows are then rounded with feedback between them as well. Not
+    with act_order="dynamic".
+
+    What follows the columns: scale_refit, steps of conjugate gradients over all scales (`llmkern.solvers.scales`), and
+    descent, passes of coordinate descent over the codes, after which scales are refit again. None is 10 and 2 with
+    `output`, and 0 without, where they would take several times as long as all else.
 
     Raises ValueError (or TypeError for a dtype) that names the argument; a Hessian that is not positive definite is
     retried as `Hessian.factor` says, and `damp` and `notes` of the solution tell.
@@ -53,7 +60,8 @@ def gptq(
     check_choice("gptq", "act_order", act_order, ORDERS)
     check_choice("gptq", "clip", clip, CLIPS)
     check_damp("gptq", damp)
-    check_passes("gptq", descent)
+    descent = count_or("gptq", "descent", descent, 0 if output is None else DESCENT)
+    scale_refit = count_or("gptq", "scale_refit", scale_refit, 0 if output is None else SCALE_STEPS)
     mask = check_keep_mask("gptq", mask, w)
     if output is not None and act_order == "dynamic":
         raise ValueError('gptq: output needs groups found beforehand, got act_order="dynamic"')
@@ -74,8 +82,8 @@ def gptq(
         q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)
     else:
         q, lost = coupled_columns(target, factor, grid, mask, output), math.nan
-    if descent:
-        lost = math.nan
-        q = coupled_descent(target, q, state.damped(factor.damp), grid, mask, descent, output)
+    if scale_refit or descent:
+        lost, damped = math.nan, state.damped(factor.damp)
+        q, grid = polish(target, q, grid, damped, mask, scale_refit, descent, output)
     packed, notes = pack_quantized(q, grid, mask)
     return Solution(q, packed, mask, relative_loss(w, q, state, lost), factor.damp, (*factor.notes, *notes))

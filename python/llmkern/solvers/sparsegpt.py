@@ -16,15 +16,17 @@ from llmkern.solvers._checks import (
     check_bits,
     check_choice,
     check_damp,
-    check_passes,
+    count_or,
     live,
 )
 from llmkern.solvers.admm import admm_mask
 from llmkern.solvers.columns import gptq_columns, sparsegpt_columns
-from llmkern.solvers.coupled import coupled_columns, coupled_descent
+from llmkern.solvers.coupled import coupled_columns
+from llmkern.solvers.gptq import DESCENT, SCALE_STEPS
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
 from llmkern.solvers.output import OutputHessian, check_output
+from llmkern.solvers.polish import polish
 from llmkern.solvers.refit import refit as refit_kept
 from llmkern.solvers.solution import Solution, pack_kept, pack_quantized, relative_loss
 
@@ -37,18 +39,18 @@ COUPLED_STEPS = 25  # one system of all rows takes more of them
 def sparsegpt(
     weight: Tensor, hessian: Hessian | Tensor, *, sparsity: float | str = 0.5, bits: int | None = None,
     group_size: int | None = 128, refit: bool = True, damp: float = 0.01, clip: str | None = "hessian",
-    descent: int = 2, scale_dtype: torch.dtype = torch.float32, mask: str | None = None,
-    output: OutputHessian | None = None,
+    descent: int | None = None, scale_dtype: torch.dtype = torch.float32, mask: str | None = None,
+    output: OutputHessian | None = None, scale_refit: int | None = None,
 ) -> Solution:  # fmt: skip
     """Prune weight [N, K] so that the layer's output on its calibration input changes least; with bits, quantize too.
 
     sparsity: the fraction of weights to prune, or "n:m" to prune n of every m columns (a short last group keeps no
     more than a whole one). refit: solve the kept weights again by least squares once the mask is known. With `bits`
-    (2 to 8, symmetric): codes by GPTQ on the fixed mask from the refit weights, in activation order, then `descent`
-    passes of coordinate descent; without refit the published single pass, which prunes and quantizes together and
-    leaves `descent` unused. mask: how it is chosen, "sparsegpt" (the paper's way, block after block) or "admm" (all
-    weights together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. output: as in `gptq`; it
-    needs refit. group_size, clip, damp, scale_dtype and errors as in `gptq`.
+    (2 to 8, symmetric): codes by GPTQ on the fixed mask from the refit weights, in activation order, then `scale_refit`
+    and `descent` as in `gptq` (None is 2 for the latter); without refit the published single pass, which prunes and
+    quantizes together and leaves both unused. mask: how it is chosen, "sparsegpt" (the paper's way, block after block)
+    or "admm" (all weights together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. output:
+    as in `gptq`; it needs refit. group_size, clip, damp, scale_dtype and errors as in `gptq`.
     """
     w = as_matrix("sparsegpt", weight)
     pattern = Pattern.parse("sparsegpt", sparsity)
@@ -57,7 +59,8 @@ def sparsegpt(
         group_size = _base.resolve_group_size("sparsegpt", group_size, w.shape[1])
     check_choice("sparsegpt", "clip", clip, CLIPS)
     check_damp("sparsegpt", damp)
-    check_passes("sparsegpt", descent)
+    descent = count_or("sparsegpt", "descent", descent, DESCENT)
+    scale_refit = count_or("sparsegpt", "scale_refit", scale_refit, 0 if output is None else SCALE_STEPS)
     if output is not None and not refit:
         raise ValueError("sparsegpt: output needs refit=True, got refit=False")
     check_output("sparsegpt", output, w)
@@ -87,7 +90,7 @@ def sparsegpt(
                 q, _ = gptq_columns(q, again, grid, kept)
             else:
                 q = coupled_columns(q, again, grid, kept, output)
-            q = coupled_descent(target, q, damped, grid, kept, descent, output)
+            q, grid = polish(target, q, grid, damped, kept, scale_refit, descent, output)
     if grid is not None:
         packed, notes = pack_quantized(q, grid, kept)
     else:
