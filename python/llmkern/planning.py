@@ -18,6 +18,7 @@ from llmkern.packed_size import packed_size
 from llmkern.patching import choose, tied
 from llmkern.recipe import Recipe
 from llmkern.report import Skipped, model_bytes
+from llmkern.solvers.gptq import DESCENT, SCALE_STEPS
 from llmkern.solvers.output import PART
 from llmkern.solvers.sparsegpt import REFIT_STEPS
 
@@ -28,6 +29,8 @@ WEIGHT_COPIES = 10  # fp32 [N, K] that a solver has at a time: weight, differenc
 FORWARD_COPIES = 4  # of a batch's widest activation
 # What calibration reaches of the rate of a large product, on SmolLM2 (small matrices, norms, attention, packing).
 EFFICIENCY = 0.2
+# Products with both matrices of coupled rows: two refits of scales, and passes over the codes.
+POLISH = 2 * (SCALE_STEPS + 3) + 3 * DESCENT
 FORWARDS = 2.5  # passes over a block: its stages together about one and a half, and one that feeds the next block
 RUNTIME = 150_000_000  # bytes: libraries' own buffers, and memory that is free but not given back
 
@@ -170,6 +173,8 @@ def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens
         count += FORWARDS * tokens * n * k
         if wanted.by_model:  # forward, once more in the backward pass, and back
             count += tokens * n * (3 * k + min(n, PART) / 2)
+            if wanted.bits:  # in products as large as they get
+                count += EFFICIENCY * POLISH * n * k * (k + min(n, PART))
     for (_, k), methods in inputs.items():
         eigen = 10 if "sparsegpt" in methods else 0
         count += tokens * k * k / 2 + (len(methods) + eigen) * k**3 / 3 * bool(tokens)
