@@ -9,6 +9,7 @@ from test_output import cost, damped, inputs, outputs
 from llmkern.formats import _base
 from llmkern.solvers import Hessian, gptq, sparsegpt
 from llmkern.solvers.grid import find_grid
+from llmkern.solvers.refit import conjugate_gradients
 from llmkern.solvers.scales import refit_scales
 
 GROUP = 4
@@ -77,6 +78,14 @@ def test_rows_stay_where_nothing_is_gained(generator):
     assert torch.equal(same.scales, grid.scales)
 
 
+def test_a_scale_is_never_negative(generator):
+    """Codes of the wrong sign throughout would be best on a negative scale; 0 would do as well."""
+    w, h, grid, q, _ = problem(3, GROUP, generator, coupled=False)
+    got, better = refit_scales(w, -q, grid, h, 10)
+    assert torch.equal(better.scales, grid.scales)
+    assert torch.equal(got, -q)
+
+
 def test_weights_of_zeros_and_dead_rows(generator):
     w, h, _, _, found = problem(6, 12, generator)
     w[2] = 0
@@ -85,6 +94,32 @@ def test_weights_of_zeros_and_dead_rows(generator):
     assert not got[2].any()
     assert torch.equal(better.scales[2], grid.scales[2])
     assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_group_of_zeros_does_not_hold_up_the_others(coupled, generator):
+    w, h, _, _, found = problem(6, 12, generator, coupled=coupled)
+    w[:, GROUP : 2 * GROUP] = 0
+    grid = find_grid(w, None, bits=4, group_size=GROUP, symmetric=True, clip=None)
+    _, better = refit_scales(w, grid.nearest(w), grid, h, 10, found)
+    assert torch.equal(better.scales[:, 1], grid.scales[:, 1])
+    assert (better.scales[:, [0, 2]] != grid.scales[:, [0, 2]]).all()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_as_many_steps_as_unknowns(together, generator):
+    """Of conjugate gradients; any other way takes many more."""
+    n, p = (4, 7) if not together else (2, 3)
+    size = n * p if together else p
+    mix = torch.randn(size, size, generator=generator) + 2 * torch.eye(size)
+    matrix, wanted = mix @ mix.T, torch.randn(n, p, generator=generator)
+
+    def image_of(x):
+        return (x.reshape(-1) @ matrix).view(n, p) if together else x @ matrix
+
+    ones = torch.ones(n, p)
+    got = conjugate_gradients(torch.zeros(n, p), image_of(wanted), ones, image_of, size + 2, together=together)
+    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -101,6 +136,11 @@ def test_in_gptq(symmetric, coupled, generator):
     assert cost(w - refitted.weight, o, h) < 0.99 * cost(w - plain.weight, o, h)
     assert torch.equal(default.weight, (polished if coupled else plain).weight)
     assert torch.equal(refitted.packed.unpack(), refitted.weight)
+    grid = replace(
+        find_grid(w, None, bits=3, group_size=16, symmetric=symmetric, clip=None), scales=polished.packed.scales
+    )
+    again, _ = refit_scales(w, polished.weight, grid, h, 10, found)
+    assert cost(w - again, o, h) > 0.999 * cost(w - polished.weight, o, h)
     if not coupled:
         assert refitted.loss < plain.loss
 

@@ -39,7 +39,7 @@ class _Part:
 
     def __init__(self, w: Tensor, q: Tensor, grid: Grid, damped: Tensor, coupled: Tensor | None) -> None:
         self.w, self.grid, self.damped, self.coupled = w, grid, damped, coupled
-        self.size, self.k = min(grid.group_size, w.shape[1]), w.shape[1]
+        self.size, self.k = grid.group_size, w.shape[1]
         # Zero points are in these already; what is pruned is 0.
         self.codes = (q / expand_groups(grid.scales, self.size, self.k)).round_()
 
