@@ -106,7 +106,8 @@ def quality(result: dict[str, Any]) -> str:
     ]
     head = "Perplexity of SmolLM2-135M on CPython's documentation, calibrated with 32 windows of 512 tokens"
     header = ["recipe", "here", "goal", "the published algorithm"]
-    return f"{head} (`bench/results/quality.json`; {where(result)}):\n\n{table(header, rows)}"
+    later = ", rows that name another of that one" if any("commit" in row for row in result["rows"]) else ""
+    return f"{head} (`bench/results/quality.json`; {where(result)}{later}):\n\n{table(header, rows)}"
 
 
 def demo(result: dict[str, Any]) -> str:
