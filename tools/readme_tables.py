@@ -106,7 +106,7 @@ def quality(result: dict[str, Any]) -> str:
     ]
     head = "Perplexity of SmolLM2-135M on CPython's documentation, calibrated with 32 windows of 512 tokens"
     header = ["recipe", "here", "goal", "the published algorithm"]
-    later = ", rows that name another of that one" if any("commit" in row for row in result["rows"]) else ""
+    later = ", but for rows with a commit of their own" if any("commit" in row for row in result["rows"]) else ""
     return f"{head} (`bench/results/quality.json`; {where(result)}{later}):\n\n{table(header, rows)}"
 
 
