@@ -58,7 +58,9 @@ def test_two_ranks_give_what_one_gives(runs, folder):
     one, two = (safetensors.load_file(folder / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        assert (tensor == two[name]).float().mean() > 0.99, name
+        # Scales are least squares of sums that round in another order.
+        same = tensor == two[name] if not tensor.is_floating_point() else torch.isclose(tensor, two[name], rtol=1e-3)
+        assert same.float().mean() > 0.99, name
 
 
 def test_layers_are_solved_side_by_side(runs):
