@@ -24,6 +24,7 @@ from llmkern import solve, solvers
 from llmkern.evaluate import perplexity
 from llmkern.fisher import Sensitivity
 
+EVERYTHING = "tokens, outputs, scales, codes"
 PUBLISHED = {"act_order": "dynamic", "clip": None}
 # (what it is, fields of the recipe, the parts of what "model" does that are used)
 STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
@@ -35,11 +36,11 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("tokens", {}, "tokens"),
         ("outputs", {}, "outputs"),
         ("model", {}, "tokens and outputs"),
-        ("model, scales refit", {}, "tokens and outputs and scales"),
-        ("model, scales and codes in turn", {}, "all"),
+        ("model, scales refit", {}, "tokens, outputs, scales"),
+        ("model, scales and codes in turn", {}, EVERYTHING),
     ],
-    "gptq-int4": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, "all")],
-    "gptq-int4-g64": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, "all")],
+    "gptq-int4": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, EVERYTHING)],
+    "gptq-int4-g64": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, EVERYTHING)],
     "sparsegpt-2:4": [
         ("published", {"refit": False}, ""),
         ("mask by ADMM, refit", {"objective": "layer"}, ""),
@@ -58,10 +59,9 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
 @contextmanager
 def only(parts: str) -> Iterator[None]:
     """Inside, `compress` uses these parts of what it knows of the model's output, and does these after the columns."""
-    every = parts == "all"
-    weights = Sensitivity.weights if every or "tokens" in parts else lambda self, batch: {}
-    take = Sensitivity.take if every or "outputs" in parts else lambda self, name: None
-    after = {} if every else {"descent": 0, "scale_refit": None if "scales" in parts else 0}
+    weights = Sensitivity.weights if "tokens" in parts else lambda self, batch: {}
+    take = Sensitivity.take if "outputs" in parts else lambda self, name: None
+    after = {"descent": None if "codes" in parts else 0, "scale_refit": None if "scales" in parts else 0}
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(Sensitivity, "weights", weights))
         patches.enter_context(mock.patch.object(Sensitivity, "take", take))

@@ -2,15 +2,12 @@
 
 import collections
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from scripts import said_by
 from torch import nn
 
 from llmkern.distill import DistillWrapper, TeacherCache, cache_writer
@@ -20,7 +17,6 @@ transformers = pytest.importorskip("transformers")
 
 from distill_models import HEADS, batch_of, close, definition, gradients, pair  # noqa: E402
 
-HERE = Path(__file__).parent
 HALF = 2.0**-11  # relative rounding of fp16
 
 
@@ -356,10 +352,6 @@ def test_a_cache_serves_one_temperature_and_forward_kl(tmp_path):
 
 
 def test_killed_writers_leave_what_the_next_one_finishes(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, HERE / "killed_distill.py", "cache", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = said_by("killed_distill.py", "cache", tmp_path)
     assert said["different"] == []
     assert len(set(said["parts"])) > 3  # they died at many places

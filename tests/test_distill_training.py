@@ -2,14 +2,11 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from scripts import said_by
 
 from llmkern.distill import DistillWrapper, TeacherCache, drop_layers
 from llmkern.distill.training import Settings, rate_at, train, windows_at
@@ -20,7 +17,6 @@ pytest.importorskip("accelerate")
 
 from distill_models import HEADS  # noqa: E402
 
-HERE = Path(__file__).parent
 IDS = tiny.token_ids(12)
 
 
@@ -127,11 +123,7 @@ def test_accelerate_trains_and_gives_the_student_back():
 
 
 def test_two_ranks_with_sharded_parameters_take_the_step_of_one(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, HERE / "distill_ranks.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = said_by("distill_ranks.py", tmp_path)
     assert said["fsdp"] == said["ddp"] == [True, True]
     assert all("shard its blocks and then the wrapper" in error for error in said["head"])
 
@@ -217,11 +209,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, HERE / "killed_distill.py", "train", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = said_by("killed_distill.py", "train", tmp_path)
     assert said["different"] == []
     assert len(set(said["parts"])) > 3
 

@@ -1,21 +1,14 @@
 """Several ranks give what one gives; what goes wrong on one of them ends all, in time and with its name."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from scripts import said_by
 
 from llmkern.distributed import share_out
 from llmkern.solvers import Hessian
 
 pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
-HERE = Path(__file__).parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 GONE = "compress: rank 0 of 2: another rank has ended or hangs: "
 
 
@@ -27,11 +20,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """Scenario -> what each rank said; see ranks.py."""
-    done = subprocess.run(
-        [sys.executable, HERE / "ranks.py", folder], env=ENV, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return said_by("ranks.py", folder)
 
 
 def values(run):

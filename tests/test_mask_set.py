@@ -2,22 +2,18 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from scripts import said_by
 from torch import nn
 
 from llmkern.prune import MaskSet, magnitude_
 from llmkern.prune.bits import Bits
 
 transformers = pytest.importorskip("transformers")
-HERE = Path(__file__).parent
 SHAPES = ((6, 5), (3, 6))
 
 
@@ -543,12 +539,7 @@ def test_under_the_stock_trainer(tmp_path, kind):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Scenario -> what each rank said; see mask_ranks.py."""
-    done = subprocess.run(
-        [sys.executable, HERE / "mask_ranks.py", tmp_path_factory.mktemp("ranks")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return said_by("mask_ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("run", ["adamw", "fused", "sgd", "columns", "whole", "switched", "ddp"])

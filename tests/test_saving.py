@@ -14,6 +14,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripts import said_by
 from test_checkpoint import assert_same_model
 
 import llmkern
@@ -278,13 +279,7 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(limit, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("exchange", ["exchange", "rename"])
 def test_saves_killed_at_every_moment(exchange, tmp_path):
-    script = Path(__file__).with_name("killed_saves.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), exchange], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = said_by("killed_saves.py", tmp_path, exchange)
     assert found["wrong"] == []
     assert found["moments"] > 30
     assert found["old"] > 10

@@ -7,19 +7,17 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from scripts import said_by
 
 import llmkern
 from llmkern import _files, patching, pipeline
 from llmkern.nn import PackedLinear, dense_weight
 from llmkern.solvers import Hessian
 from llmkern.state import State, parts_in
-
-HERE = Path(__file__).parent
 
 
 def compress(model, recipe, calibration, **fields):
@@ -65,12 +63,7 @@ def stop(monkeypatch, folder, model, recipe, calibration, parts):
 
 
 def test_a_run_killed_at_random_points_and_resumed_gives_the_same_bits(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, HERE / "killed_runs.py", tmp_path], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = said_by("killed_runs.py", tmp_path)
     assert result["different"] == []
     assert set(result["parts"]) == {0, 1, 2, 3, 4}  # the points are spread over the whole run
 

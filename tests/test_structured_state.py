@@ -1,28 +1,18 @@
 """Plans and restorations with a state folder: killed, resumed, and refused."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
+from scripts import said_by
 
 from llmkern.prune import apply_structured, plan_structured
 from llmkern.state import State
 
 pytest.importorskip("transformers")
-HERE = Path(__file__).parent
 IDS = tiny.token_ids(6)
 
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, HERE / "killed_structured.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = said_by("killed_structured.py", tmp_path)
     assert said["different"] == []
     assert any(0 < plan < 4 for plan, _ in said["parts"])
     assert any(apply for _, apply in said["parts"])

@@ -49,9 +49,8 @@ class _Rooms:
         most = (_memory.available() or 0) // SHARE
         with self._lock:
             self._free.append(room)
-            kept = sum(map(len, self._free))
-            while kept > most:
-                kept -= len(self._free.pop(0))
+            while sum(map(len, self._free)) > most:
+                del self._free[0]
 
     def clear(self) -> None:
         """Keep nothing."""

@@ -18,8 +18,8 @@ from llmkern.packed_size import packed_size
 from llmkern.patching import choose, tied
 from llmkern.recipe import Recipe
 from llmkern.report import Skipped, model_bytes
-from llmkern.solvers.gptq import DESCENT, SCALE_STEPS
 from llmkern.solvers.output import PART
+from llmkern.solvers.polish import DESCENT, SCALE_STEPS
 from llmkern.solvers.sparsegpt import REFIT_STEPS
 
 # [K, K] matrices that a method has at a time, and passes over the [N, K] weight as products with one of them.

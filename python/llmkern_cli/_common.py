@@ -158,8 +158,8 @@ def state_folder(out: Path) -> Path:
 def resume(out: Path, asked: bool, steps: Sequence[str] = ()) -> Path:
     """The state folder of a run that writes `out`. FileExistsError where there is one that nobody asked to resume.
 
-    steps: the folders in it that hold a state each, where a run has several; and where there is a state of a run that
-    has one, that is no more than in the way.
+    steps: the folders in it that hold a state each, of a run that has several; what a run of one state left there is
+    refused.
     """
     from llmkern.state import parts_in
 

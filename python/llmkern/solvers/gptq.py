@@ -24,11 +24,10 @@ from llmkern.solvers.coupled import coupled_columns
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
 from llmkern.solvers.output import OutputHessian, check_output
-from llmkern.solvers.polish import polish
+from llmkern.solvers.polish import DESCENT, SCALE_STEPS, polish
 from llmkern.solvers.solution import Solution, pack_quantized, relative_loss
 
 ORDERS = ("static", "dynamic", None)
-DESCENT, SCALE_STEPS = 2, 10  # for coupled rows
 
 
 def gptq(

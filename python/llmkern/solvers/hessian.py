@@ -168,22 +168,22 @@ class Hessian:
         """bool [K]: features that were 0 in every token."""
         return self.raw().diagonal() == 0
 
-    def damped(self, damp: float, order: Tensor | None = None) -> Tensor:
-        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features.
+    def damped(self, damp: float) -> Tensor:
+        """A copy of `raw` with damp * mean(diag) added to the diagonal, and 1 on the diagonal of dead features."""
+        matrix = _large.empty(self.k, like=self.raw()).copy_(self.raw())
+        matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(self.dead(), 1.0)
+        return matrix
 
-        With `order`, int64 [K], of rows and columns in that order, and zeros well below the diagonal.
-        """
-        raw, dead = self.raw(), self.dead()
-        matrix = _large.empty(self.k, like=raw)
+    def _damped_above(self, damp: float, order: Tensor | None) -> Tensor:
+        """`damped` with rows and columns in this order, int64 [K] (None: as they are); below the diagonal, anything."""
         if order is None:
-            matrix.copy_(raw)
-        else:
-            for start in range(0, self.k, ROWS):
-                rows = matrix[start : start + ROWS]
-                rows[:, :start] = 0
-                take_columns(raw.index_select(0, order[start : start + ROWS]), order[start:], rows[:, start:])
-            dead = dead[order]
-        matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(dead, 1.0)
+            return self.damped(damp)
+        raw = self.raw()
+        matrix = _large.empty(self.k, like=raw)
+        for start in range(0, self.k, ROWS):
+            rows = raw.index_select(0, order[start : start + ROWS])
+            take_columns(rows, order[start:], matrix[start : start + ROWS, start:])
+        matrix.diagonal().add_(damp * self.mean_diagonal()).masked_fill_(self.dead()[order], 1.0)
         return matrix
 
     def mean_diagonal(self) -> float:
@@ -227,7 +227,7 @@ class Hessian:
         if count := int(self.dead().sum()):
             notes.append(Problem(f"{count} of {self.k} input features are 0 in every token: their weights become 0"))
         used, dtype = damp, torch.float32
-        while (upper := _upper_factor(self.damped(used, places).to(dtype))) is None:
+        while (upper := _upper_factor(self._damped_above(used, places).to(dtype))) is None:
             if dtype == torch.float32:
                 dtype = torch.float64
                 continue

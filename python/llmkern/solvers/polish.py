@@ -9,6 +9,9 @@ from llmkern.solvers.grid import Grid
 from llmkern.solvers.output import OutputHessian
 from llmkern.solvers.scales import refit_scales
 
+# Passes over the codes, and steps of conjugate gradients over the scales, where rows are coupled.
+DESCENT, SCALE_STEPS = 2, 10
+
 
 def polish(
     w: Tensor, q: Tensor, grid: Grid, damped: Tensor, mask: Tensor | None, scale_refit: int, descent: int,

@@ -22,11 +22,10 @@ from llmkern.solvers._checks import (
 from llmkern.solvers.admm import admm_mask
 from llmkern.solvers.columns import gptq_columns, sparsegpt_columns
 from llmkern.solvers.coupled import coupled_columns
-from llmkern.solvers.gptq import DESCENT, SCALE_STEPS
 from llmkern.solvers.grid import CLIPS, Grid, find_grid
 from llmkern.solvers.hessian import Hessian
 from llmkern.solvers.output import OutputHessian, check_output
-from llmkern.solvers.polish import polish
+from llmkern.solvers.polish import DESCENT, SCALE_STEPS, polish
 from llmkern.solvers.refit import refit as refit_kept
 from llmkern.solvers.solution import Solution, pack_kept, pack_quantized, relative_loss
 
