@@ -67,6 +67,18 @@ def test_memory_of_large_matrices_is_used_again(monkeypatch) -> None:
     assert kept() == []
 
 
+@pytest.mark.parametrize("order", [None, "activation"])
+@pytest.mark.parametrize("k", [3, 256, 600])
+def test_the_factor_is_that_of_the_ordered_matrix(k: int, order: str | None) -> None:
+    hessian = Hessian(k).add(random(2 * k, k) * torch.arange(1, k + 1))
+    factor = hessian.factor(order, 0.01)
+    places = torch.arange(k) if factor.order is None else factor.order
+    upper = (factor.unit * factor.diagonal).double()
+    wanted = hessian.damped(0.01).double()[places][:, places]
+    assert torch.equal(upper, upper.triu())
+    assert (upper @ upper.T - wanted).norm() < 1e-5 * wanted.norm()
+
+
 @pytest.mark.parametrize("count", range(1, 10))
 def test_feedback_of_any_number_of_blocks(count: int) -> None:
     """When a block begins, its values hold the differences of all columns before it, each once."""

@@ -55,6 +55,16 @@ def test_the_restoration_of_another_run(tmp_path):
         apply_structured(model, plan, **asked, damp=0.2)
 
 
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path, monkeypatch):
+    def stop(self, part, tensors):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(State, "write_tensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        plan_structured(tiny.llama(), IDS, kv_groups=1, state_dir=tmp_path / "s", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk(tmp_path, monkeypatch):
     """What was finished before stays, and the run goes on from there."""
     model, write = tiny.llama(), State.write_tensors
