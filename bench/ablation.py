@@ -13,14 +13,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import llmkern
 from bench.quality import protocol
 from bench.results import write
-from llmkern import solve, solvers
 from llmkern.evaluate import perplexity
 from llmkern.fisher import Sensitivity
 
@@ -58,15 +56,19 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
 
 @contextmanager
 def only(parts: str) -> Iterator[None]:
-    """Inside, `compress` uses these parts of what it knows of the model's output, and does these after the columns."""
+    """Inside, `compress` uses these parts of what it knows of the model's output."""
     weights = Sensitivity.weights if "tokens" in parts else lambda self, batch: {}
     take = Sensitivity.take if "outputs" in parts else lambda self, name: None
-    after = {"descent": None if "codes" in parts else 0, "scale_refit": None if "scales" in parts else 0}
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(Sensitivity, "weights", weights))
         patches.enter_context(mock.patch.object(Sensitivity, "take", take))
-        patches.enter_context(mock.patch.object(solve, "gptq", partial(solvers.gptq, **after)))
         yield
+
+
+def after_columns(recipe: str, parts: str) -> dict[str, int]:
+    """Fields of a recipe that leave out what follows the columns, but for these parts."""
+    wanted = {"descent": "codes", "scale_refit": "scales"}
+    return {field: 0 for field, part in wanted.items() if part not in parts and llmkern.Recipe.parse(recipe).bits}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             model, start = copy.deepcopy(dense), time.perf_counter()
             with only(parts):
-                llmkern.compress(model, llmkern.Recipe.parse(name, **fields), calibration, progress=False)
+                recipe = llmkern.Recipe.parse(name, **after_columns(name, parts), **fields)
+                llmkern.compress(model, recipe, calibration, progress=False)
             seconds, value = time.perf_counter() - start, perplexity(model, evaluation).value
             row = {"recipe": name, "step": step, "perplexity": round(value, 3), "compress_seconds": round(seconds, 1)}
             rows.append(row)

@@ -103,6 +103,12 @@ def mixture(kind, experts):
     return compress(getattr(tiny, kind)(), recipe, calibration)
 
 
+def corrected():
+    """Three batches."""
+    recipe = llmkern.Recipe.parse("gptq-int3-g16", input_correction=1, ignore=())
+    return compress(tiny.llama(), recipe, list(tiny.token_ids(12).split(4)))
+
+
 def infinite_weight(rank):
     model = tiny.llama()
     with torch.no_grad():
@@ -148,6 +154,7 @@ def main():
         "experts": (2, lambda rank: compress(Experts(), "gptq-int4", batches(1, -1, 1, -1, 1, 1))),
         "mixtral": (2, lambda rank: mixture("mixtral", "routed")),
         "switch": (3, lambda rank: mixture("switch", "all")),
+        "corrected": (2, lambda rank: corrected()),
         "unreached": (2, lambda rank: compress(Experts(), "gptq-int4", batches(1, 1, 1))),
         "data_free": (2, lambda rank: compress(tiny.llama(), "rtn-int4-g32", None)),
         "infinite_weight": (2, infinite_weight),
@@ -163,6 +170,7 @@ def main():
     result["one_experts"] = [{"value": compress(Experts(), "gptq-int4", batches(1, -1, 1, -1, 1, 1))}]
     result["one_mixtral"] = [{"value": mixture("mixtral", "routed")}]
     result["one_switch"] = [{"value": mixture("switch", "all")}]
+    result["one_corrected"] = [{"value": corrected()}]
     result["one_data_free"] = [{"value": compress(tiny.llama(), "rtn-int4-g32", None)}]
     print(json.dumps(result))
 

@@ -52,7 +52,7 @@ def test_blocks_with_extra_inputs_are_fed_with_them(monkeypatch):
     """Every call has a condition of its own, so a block run with another call's would have another Hessian."""
     seen = {}
 
-    def solve(weight, hessian, recipe, output):
+    def solve(weight, hessian, recipe, *others):
         seen[weight.data_ptr()] = hessian.raw().clone()
         return rtn(weight, None, bits=4, group_size=16)
 

@@ -3,6 +3,7 @@ import tiny
 import torch
 
 from llmkern import blocks
+from llmkern.shared_inputs import SharedInputs
 
 LISTS = {
     "llama": {"model.layers": 3},
@@ -22,7 +23,7 @@ def learn(kind, model):
 
 
 def collect(module, x):
-    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    shared = SharedInputs(blocks.linears(module, "m"))
     with torch.no_grad():
         shared.forward(lambda: module(x))
     return shared
@@ -75,7 +76,7 @@ def test_layers_that_read_one_tensor_share_a_hessian():
     (chain,), _ = learn("llama", model)
     with torch.no_grad():
         call = blocks.capture(chain, lambda: model(tiny.token_ids(2)), [0])[0]
-        shared = blocks.SharedInputs(blocks.linears(chain.blocks[0], "b"))
+        shared = SharedInputs(blocks.linears(chain.blocks[0], "b"))
         shared.forward(lambda: chain.blocks[0](*call.args, **call.kwargs))
     groups = {frozenset(name.split(".")[-1] for name in group) for group in shared.shared_by().values()}
     assert groups == {
@@ -101,7 +102,7 @@ class Flat(torch.nn.Module):
 
 def test_padding_is_left_out_however_tokens_are_laid_out():
     module, x = Flat(), torch.randn(8, 5, 8)
-    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    shared = SharedInputs(blocks.linears(module, "m"))
     shared.rows = torch.arange(5) < torch.randint(1, 5, (8, 1))
     with torch.no_grad():
         shared.forward(lambda: module(x))
@@ -126,7 +127,7 @@ class Turning(torch.nn.Module):
 
 def test_a_forward_is_not_cut_short_before_every_layer_ran():
     module = Turning()
-    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    shared = SharedInputs(blocks.linears(module, "m"))
     with torch.no_grad():
         for x in (torch.ones(4, 8), -torch.ones(4, 8)):
             shared.forward(lambda x=x: module(x))
@@ -181,7 +182,7 @@ def test_a_layer_may_be_called_by_keyword():
 def test_a_layer_that_joins_late_gets_its_own_hessian():
     module = Sometimes()
     skipping, joining = -torch.ones(4, 8), torch.ones(4, 8)
-    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    shared = SharedInputs(blocks.linears(module, "m"))
     with torch.no_grad():
         for x in (skipping, joining, joining):
             shared.forward(lambda x=x: module(x))
@@ -191,7 +192,7 @@ def test_a_layer_that_joins_late_gets_its_own_hessian():
 
 def test_a_layer_that_leaves_its_group_is_an_error():
     module = Sometimes()
-    shared = blocks.SharedInputs(blocks.linears(module, "m"))
+    shared = SharedInputs(blocks.linears(module, "m"))
     with torch.no_grad():
         for x in (torch.ones(4, 8), -torch.ones(4, 8)):
             shared.forward(lambda x=x: module(x))

@@ -5,6 +5,7 @@ import torch
 from scripts import said_by
 
 from llmkern.distributed import share_out
+from llmkern.pipeline import NO_SHIFT
 from llmkern.solvers import Hessian
 
 pytest.importorskip("transformers")
@@ -72,6 +73,13 @@ def test_experts_that_a_rank_never_ran(runs):
 def test_mixtures_give_what_one_rank_gives(runs, kind):
     """switch: experts in a dict, calibrated from all tokens, on three ranks for two batches."""
     assert_nearly_one_run(values(runs[kind]), runs[f"one_{kind}"])
+
+
+def test_inputs_are_corrected_as_on_one_rank(runs):
+    ranks = values(runs["corrected"])
+    assert_nearly_one_run(ranks, runs["one_corrected"])
+    noted = {row["name"] for row in ranks[0]["rows"] if NO_SHIFT in row["notes"]}
+    assert noted == {"lm_head"}
 
 
 def test_a_rank_without_batches_takes_part(runs):

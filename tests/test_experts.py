@@ -167,7 +167,7 @@ def test_experts_whose_tokens_come_scaled_and_sorted(padded, monkeypatch, tmp_pa
     """Llama 4: the routing is in the zeros of what the experts are given."""
     seen = {}
 
-    def solve(weight, hessian, recipe, output):
+    def solve(weight, hessian, recipe, *others):
         seen[weight.data_ptr()] = (hessian.raw().clone(), hessian.tokens)
         return rtn(weight, None, bits=8, group_size=None)
 
@@ -314,7 +314,7 @@ def test_every_hessian_is_that_of_the_compressed_model_so_far(kind, mode, padded
     """Layer after layer against the fused model, whose parameters are set to what was solved before."""
     seen = {}
 
-    def solve(weight, hessian, recipe, output):
+    def solve(weight, hessian, recipe, *others):
         seen[weight.data_ptr()] = (hessian.raw().clone(), hessian.tokens)
         return rtn(weight, None, bits=4, group_size=16)
 
@@ -409,7 +409,7 @@ def test_the_memory_of_a_mixture_is_free_when_its_block_is_done(monkeypatch):
     first = weakref.ref(model.model.layers[0].mlp.experts.gate_up_proj)
     alive = []
 
-    def solve(weight, hessian, recipe, output):
+    def solve(weight, hessian, recipe, *others):
         alive.append(first() is not None)
         return rtn(weight, None, bits=4, group_size=16)
 

@@ -244,9 +244,9 @@ def test_padding_has_no_gradient():
 def test_tokens_are_weighted_in_the_hessian(monkeypatch):
     seen, keep = {}, pipeline.solve_and_keep
 
-    def record(caller, name, layer, hessian, recipe, found):
+    def record(caller, name, layer, hessian, recipe, found, shift):
         seen[name] = (hessian.raw().clone(), found)
-        return keep(caller, name, layer, hessian, recipe, found)
+        return keep(caller, name, layer, hessian, recipe, found, shift)
 
     monkeypatch.setattr(pipeline, "solve_and_keep", record)
     ids, caught = tiny.token_ids(11), {}

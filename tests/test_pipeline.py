@@ -71,7 +71,7 @@ def test_every_hessian_is_that_of_the_compressed_model_so_far(kind, monkeypatch)
     """Brute force: the whole model on all data, once per layer, against what `compress` gave the solver."""
     seen = {}
 
-    def solve(weight, hessian, recipe, output):
+    def solve(weight, hessian, recipe, *others):
         seen[weight.data_ptr()] = hessian.raw().clone()
         return rtn(weight, None, bits=4, group_size=32)
 
@@ -168,7 +168,7 @@ class Scaled(torch.nn.Module):
 def test_blocks_that_are_not_chained_are_captured_again(monkeypatch):
     seen = []
 
-    def solve(weight, hessian, recipe, output):
+    def solve(weight, hessian, recipe, *others):
         seen.append(hessian.raw().clone())
         return rtn(weight, None, bits=4, group_size=16)
 
@@ -320,11 +320,11 @@ def test_activations_that_are_not_finite_name_the_layer():
 def test_a_hessian_goes_when_its_layers_are_solved(kind, monkeypatch):
     keep, seen, alive = pipeline.solve_and_keep, [], []
 
-    def record(caller, name, layer, hessian, recipe, output):
+    def record(caller, name, layer, hessian, *rest):
         if all(other() is not hessian for other in seen):
             alive.append(sum(other() is not None for other in seen))
             seen.append(weakref.ref(hessian))
-        return keep(caller, name, layer, hessian, recipe, output)
+        return keep(caller, name, layer, hessian, *rest)
 
     monkeypatch.setattr(pipeline, "solve_and_keep", record)
     data = [torch.randn(60, 32)] if kind == "mlp" else tiny.token_ids(20)

@@ -183,3 +183,15 @@ def test_load_names_the_file_it_cannot_read(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"^recipe .*binary\.yaml: not UTF-8 text"):
         Recipe.load(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", ["descent", "scale_refit"])
+def test_what_follows_the_columns_needs_codes(name):
+    for fine in ("gptq-int4", "wanda-2:4-int4", "sparsegpt-2:4-int4-g64"):
+        assert getattr(Recipe.parse(fine, **{name: 3}), name) == 3
+    for recipe, fields in (("rtn-int4", {}), ("sparsegpt-2:4", {}), ("sparsegpt-2:4-int4", {"refit": False})):
+        with pytest.raises(ValueError, match=f"recipe: {name} is for the codes of gptq, wanda, or sparsegpt"):
+            Recipe.parse(recipe, **{name: 3}, **fields)
+    for value in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f"{name} must be None or an int >= 0, got {value}"):
+            Recipe.parse("gptq-int4", **{name: value})

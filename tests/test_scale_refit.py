@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from test_output import cost, damped, inputs, outputs
 
+import llmkern
 from llmkern.formats import _base
 from llmkern.solvers import Hessian, gptq, sparsegpt
 from llmkern.solvers.grid import find_grid
@@ -164,3 +166,17 @@ def test_in_sparsegpt(coupled, generator):
 def test_a_number_of_steps_that_is_none(solve, bad):
     with pytest.raises(ValueError, match=rf"{solve.__name__}: scale_refit must be an int >= 0, got {bad!r}"):
         solve(torch.randn(4, 8), torch.eye(8), bits=4, group_size=None, scale_refit=bad)
+
+
+@pytest.mark.parametrize("recipe", ["gptq-int3-g16", "wanda-2:4-int4-g16", "sparsegpt-2:4-int4-g16"])
+def test_a_recipe_can_ask_for_it_without_coupled_rows(recipe):
+    losses = {}
+    for descent, steps in ((0, 0), (0, 10), (2, 10)):
+        fields = {"descent": descent, "scale_refit": steps, "objective": "layer"}
+        if recipe.startswith("wanda"):
+            del fields["objective"]
+        report = llmkern.compress(
+            tiny.llama(), llmkern.Recipe.parse(recipe, **fields), tiny.token_ids(20), progress=False
+        )
+        losses[descent, steps] = report.rows[0].loss  # of the first layer, whose input is the same each time
+    assert losses[2, 10] < losses[0, 10] < losses[0, 0]

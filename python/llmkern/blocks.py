@@ -1,4 +1,4 @@
-"""A model's repeated blocks, their inputs, and which linear layers share one: all found by looking, not by name.
+"""A model's repeated blocks and their inputs, all found by looking, not by name.
 
     model forward:   embeddings -> block 0 -> block 1 -> ... -> head
                                    ^ capture: run the model up to here once per batch
@@ -11,8 +11,8 @@ that break the assumption get their inputs by running the model up to them again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,10 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from llmkern.experts import Experts
-from llmkern.listed_experts import ListedExperts
 from llmkern.nn import is_linear
-from llmkern.solvers import Hessian
 
 # Blocks whose arguments differ from those of all earlier ones (as full and sliding attention do). A model with more
 # kinds passes something that is new in every block, and every block's inputs are captured by running the model.
@@ -106,7 +103,7 @@ def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[s
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Module):
         hooks.append(partial(head.register_forward_pre_hook, stop))
-    with _hooks(hook() for hook in hooks):
+    with hooked(hook() for hook in hooks):
         stopped(run)
     chains, irregular = [], []
     order = {name: at for at, name in enumerate(calls)}
@@ -136,7 +133,7 @@ def capture(chain: Chain, run: Callable[[], Any], blocks: list[int]) -> dict[int
 
         return hook
 
-    with _hooks(chain.blocks[k].register_forward_pre_hook(keep(k), with_kwargs=True) for k in blocks):
+    with hooked(chain.blocks[k].register_forward_pre_hook(keep(k), with_kwargs=True) for k in blocks):
         stopped(run)
     for k in blocks:
         if k not in found:
@@ -172,133 +169,6 @@ def stopped(run: Callable[[], Any]) -> Any:
 def linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """The dense linear layers inside a module by their full names."""
     return {f"{prefix}.{name}": layer for name, layer in module.named_modules() if name and is_linear(layer)}
-
-
-class SharedInputs:
-    """Hooks that collect one Hessian per distinct input of some linear layers, while a module runs.
-
-    Layers that are handed the very same tensor (q, k and v; gate and up) share it. `rows`, set before a forward,
-    may hold a bool [batch, length] of the tokens to count; others (padding) are left out. `weights`, set likewise, may
-    hold fp32 [batch, length] of some layers: how much a token counts in the Hessian of their input, to which the layers
-    that share it add up. mixtures: the mixtures of
-    experts that may run; with `everything` their layers see every token that counts, not only those routed to them.
-    """
-
-    def __init__(
-        self, layers: dict[str, nn.Module], mixtures: Iterable[Experts | ListedExperts] = (), everything: bool = False
-    ) -> None:
-        self.layers = layers
-        self.mixtures, self.everything = list(mixtures), everything
-        self.unmasked: set[str] = set()  # layers whose input `rows` did not fit, so that padding was counted
-        # The tokens of an expert are in no order that `rows` could tell; Experts leaves the others out itself.
-        self.routed = {layer for found in self.mixtures if isinstance(found, Experts) for layer in found.layers()}
-        listed = [found for found in self.mixtures if everything and isinstance(found, ListedExperts)]
-        self._replayed = {layer: found for found in listed for layer in found.layers()}
-        self.tokens = dict.fromkeys(layers, 0)
-        self.rows: Tensor | None = None
-        self.weights: Mapping[str, Tensor] = {}
-        self._leader: dict[str, str] = {}
-        self._hessians: dict[str, Hessian] = {}
-        self._seen: dict[tuple, tuple[str, Tensor]] = {}
-        self._inputs: list[tuple[str, Tensor]] = []  # of this forward, by leader
-        self._fresh: set[str] = set()  # leaders that first appeared in this forward
-        self._order: list[str] = []  # calls of the first forward
-        self._last: str | None = None  # where later forwards may stop, if all other layers ran
-        self._ran: set[str] = set()  # layers that ran in this forward
-
-    def forward(self, run: Callable[[], Any]) -> None:
-        """Run one forward under the hooks. It ends at the last layer: what comes after it has nothing to tell."""
-        hooks = (
-            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()
-        )
-        with _hooks(hooks), ExitStack() as stack:
-            for found in self.mixtures:
-                stack.enter_context(found.counting(self.everything, self.rows))
-            stopped(run)
-        if not self._last and len(self._order) == len(set(self._order)) == len(self.layers):
-            self._last = self._order[-1]
-        for name, x in self._inputs:
-            # Only now are all layers known that share it.
-            self._add(name, x, self._weight(name, x))
-        self._inputs.clear()
-        # Only now: as long as the inputs are held, no address can be used twice.
-        self._seen.clear()
-        self._fresh.clear()
-        self._ran.clear()
-
-    def hessian(self, name: str) -> Hessian | None:
-        """The Hessian of a layer's input; None if the layer never ran."""
-        if name not in self._leader:
-            return None
-        leader = self._leader[name]
-        if self.tokens[name] != self.tokens[leader]:
-            raise RuntimeError(f"{name} and {leader} shared their input in one batch, but not in every batch")
-        return self._hessians[leader]
-
-    def shared_by(self) -> dict[str, list[str]]:
-        """Leader -> the layers that share its input, itself first."""
-        groups: dict[str, list[str]] = {leader: [leader] for leader in self._hessians}
-        for name, leader in self._leader.items():
-            if name != leader:
-                groups[leader].append(name)
-        return groups
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def see(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if layer in self._replayed and not self._replayed[layer].replaying:
-                return
-            self._see(name, args[0] if args else next(iter(kwargs.values())))
-            self._ran.add(name)
-            if name == self._last and len(self._ran) == len(self.layers):
-                raise Stop
-
-        return see
-
-    def _see(self, name: str, x: Tensor) -> None:
-        version = 0 if x.is_inference() else x._version
-        key = (x.data_ptr(), version, x.shape, x.stride(), x.dtype)
-        first, _ = self._seen.setdefault(key, (name, x))
-        kept = self._counted(name, x)
-        self._order.append(name)
-        self.tokens[name] += kept.numel() // max(kept.shape[-1], 1)
-        if name not in self._leader:
-            # A layer that joins later than its leader (an expert) has missed earlier batches: it gets its own Hessian.
-            joins = first != name and self._leader.get(first) == first and first in self._fresh
-            self._leader[name] = first if joins else name
-            if not joins:
-                self._hessians[name] = Hessian(x.shape[-1], x.device)
-                self._fresh.add(name)
-        leader = self._leader[name]
-        if leader == name:
-            if kept.numel() and self.weights:
-                self._inputs.append((name, x.clone()))  # what comes next may write to it
-            elif kept.numel():
-                self._add(name, x, None)
-        elif first != leader:
-            raise RuntimeError(f"{name} and {leader} shared their input in one batch, but not in every batch")
-
-    def _counted(self, name: str, x: Tensor) -> Tensor:
-        """The tokens of x [batch, length, K] or [batch * length, K] that count."""
-        rows = self.rows
-        if rows is None or self.layers[name] in self.routed or self.layers[name] in self._replayed:
-            return x
-        kept = tokens_of(x, rows)
-        if kept is None:
-            self.unmasked.add(name)
-        return x if kept is None else kept
-
-    def _weight(self, name: str, x: Tensor) -> Tensor | None:
-        """fp32 [..., 1]: how much each token of x counts, for the layer and those that share its input."""
-        sharing = [other for other, leader in self._leader.items() if leader == name and other in self.weights]
-        known = [self.weights[other] for other in sharing if self.weights[other].shape == x.shape[:-1]]
-        return torch.stack(known).sum(0).unsqueeze(-1) if known else None
-
-    def _add(self, name: str, x: Tensor, weight: Tensor | None) -> None:
-        tokens = self._counted(name, x if weight is None else x * weight.to(x.device).sqrt())
-        try:
-            self._hessians[name].add(tokens)
-        except ValueError as error:
-            raise ValueError(f"the input of layer {name}: {error}") from None
 
 
 def _chain(names: list[str], blocks: list[nn.Module], calls: list[tuple[Call, Any]]) -> Chain:
@@ -353,7 +223,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _hooks(handles: Iterator[Any]) -> Iterator[None]:
+def hooked(handles: Iterator[Any]) -> Iterator[None]:
     """Remove the hooks at the end, whatever happens."""
     taken: list[Any] = []
     try:

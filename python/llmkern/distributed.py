@@ -21,13 +21,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from llmkern.blocks import Call, SharedInputs
+from llmkern.blocks import Call
 from llmkern.fisher import Sensitivity
 from llmkern.nn import dense_weight
+from llmkern.shared_inputs import SharedInputs
 from llmkern.solved import Solved, decode, encode
-from llmkern.solvers import Hessian, OutputHessian
+from llmkern.solvers import Hessian, InputShift, OutputHessian
 
 T = TypeVar("T")
 # What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
@@ -40,6 +41,7 @@ PATIENCE = datetime.timedelta(minutes=30)
 
 class Group(NamedTuple):
     """Layers of one input by name, and the rank that solves each. hessian: None without data, and on other ranks.
+    shift: None where it was not collected, or not for all tokens of the Hessian.
 
     Names, so that a dense layer can go when it is replaced.
     """
@@ -47,6 +49,7 @@ class Group(NamedTuple):
     names: list[str]
     hessian: Hessian | None
     owners: Mapping[str, int] = MappingProxyType({})
+    shift: InputShift | None = None
 
 
 class Alone:
@@ -74,7 +77,10 @@ class Alone:
 
     def groups(self, shared: SharedInputs) -> list[Group]:
         """The layers by their input, those that never ran last, with the Hessians of all batches."""
-        return [Group(names, shared.hessian(names[0])) for names in _by_leader(shared)]
+        return [
+            _group(names, shared.hessian(names[0]), MappingProxyType({}), shared.shift(names[0]))
+            for names in _by_leader(shared)
+        ]
 
     def add_up(self, found: Sensitivity) -> None:
         """What all ranks have gathered, on every rank."""
@@ -137,7 +143,12 @@ class Team(Alone):
             inputs = tuple(found[name] if name in ran[rank] else None for rank, found in enumerate(leaders))
             together.setdefault(inputs, []).append(name)
         return [
-            Group(names, self._reduced(shared.hessian(names[0]), names[0], owners), owners)
+            _group(
+                names,
+                self._reduced(shared.hessian(names[0]), names[0], owners),
+                owners,
+                self._reduced_shift(shared.shift(names[0]), names[0], owners) if shared.with_shifts else None,
+            )
             for names, owners in zip(together.values(), self._owners(together.values()), strict=True)
         ]
 
@@ -188,19 +199,30 @@ class Team(Alone):
         total = self._summed(hessian or Hessian(weight.shape[1], weight.device), wanted)
         return total if self.rank in wanted and total.tokens else None
 
+    def _reduced_shift(self, shift: InputShift | None, name: str, owners: Mapping[str, int]) -> InputShift:
+        """As `_reduced`, of how the layer's inputs differ from the dense model's."""
+        weight = dense_weight(self.model.get_submodule(name))
+        total = shift or InputShift(weight.shape[1], weight.device)
+        total.sum, total.tokens = self._total(total.sum, total.tokens, set(owners.values()))
+        return total
+
     def _summed(self, mine: Hessian, wanted: set[int]) -> Hessian:
         """The sum over all ranks; on ranks that are not `wanted` it may be anything."""
-        total = mine.partial()
+        return Hessian.from_partial(*self._total(mine.partial(), mine.tokens, wanted))
+
+    def _total(self, mine: Tensor, count: int, wanted: set[int]) -> tuple[Tensor, int]:
+        """A matrix, which may be overwritten, and a number of tokens, each summed over all ranks."""
+        total = mine
         if f"{total.device.type}:" not in str(dist.get_backend_config()):
             total = total.to(self._wire)
-        tokens = torch.tensor(mine.tokens, device=total.device)
+        tokens = torch.tensor(count, device=total.device)
         with self._together():
             for part in (total, tokens):
                 if len(wanted) == 1:
                     dist.reduce(part, min(wanted))
                 else:
                     dist.all_reduce(part)
-        return Hessian.from_partial(total.to(mine.device), int(tokens))
+        return total.to(mine.device), int(tokens)
 
     def _broadcast(self, data: bytes | None, size: int, source: int) -> bytes:
         packet = torch.frombuffer(bytearray(data or size), dtype=torch.uint8).to(self._wire)
@@ -292,6 +314,12 @@ def _by_leader(shared: SharedInputs) -> list[list[str]]:
             shared.hessian(name)  # raises where layers shared their input in some batches only
     ran = {name for names in found for name in names}
     return [*found, *([name] for name in shared.tokens if name not in ran)]
+
+
+def _group(names: list[str], hessian: Hessian | None, owners: Mapping[str, int], shift: InputShift | None) -> Group:
+    """A group whose shift, if any, is of all tokens."""
+    known = hessian is not None and shift is not None and shift.tokens == hessian.tokens
+    return Group(names, hessian, owners, shift if known else None)
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from llmkern.nn import PackedLinear, dense_weight, is_linear
 from llmkern.recipe import DATA_FREE, DEFAULT_IGNORE, Recipe
 from llmkern.report import Report, Row, Skipped, model_bytes
 from llmkern.solve import solve
-from llmkern.solvers import Problem, Solution
+from llmkern.solvers import InputShift, Problem, Solution
 from llmkern.solvers.output import OutputHessian
 
 # Parameters of two or three dimensions that nothing is multiplied with: biases of experts, positions, decay rates.
@@ -130,15 +130,16 @@ def solve_layer(caller: str, name: str, layer: nn.Module, hessian: Any, recipe: 
 
 
 def solve_and_keep(
-    caller: str, name: str, layer: nn.Module, hessian: Any, recipe: Recipe, output: OutputHessian | None = None
-) -> tuple[PackedLinear, Row, Solution]:
+    caller: str, name: str, layer: nn.Module, hessian: Any, recipe: Recipe, output: OutputHessian | None = None,
+    shift: InputShift | None = None,
+) -> tuple[PackedLinear, Row, Solution]:  # fmt: skip
     """As `solve_layer`, with the solution, whose dense weight a caller may still want to run."""
     start, weight = time.perf_counter(), dense_weight(layer)
     if weight.data_ptr() % 64:
         # A view of a mapped file may start anywhere, and sums over it round otherwise than over memory of our own.
         weight = weight.clone()
     try:
-        solution = solve(weight, hessian, recipe, None if output is None else output.to(weight.device))
+        solution = solve(weight, hessian, recipe, None if output is None else output.to(weight.device), shift)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{caller}: layer {name} ({recipe!s}): {error}") from error
     notes, problems = facts_and_problems(solution)

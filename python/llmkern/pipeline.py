@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +21,9 @@ from llmkern._dense import dense_by_onednn
 from llmkern._pages import give_back
 from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
-from llmkern.blocks import Call, Chain, SharedInputs
+from llmkern.blocks import Call, Chain
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
+from llmkern.dense_twin import DenseTwin
 from llmkern.distributed import Group, team
 from llmkern.experts import Experts
 from llmkern.fingerprint import fingerprint
@@ -31,6 +33,7 @@ from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
 from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
 from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
+from llmkern.shared_inputs import DenseRun, SharedInputs
 from llmkern.solved import Solved, decode
 from llmkern.stages import split, stages
 from llmkern.state import NoState, State
@@ -42,6 +45,7 @@ PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
 NO_SENSITIVITY = "measured by the layer's own error: what the model's output feels of it is not known"
+NO_SHIFT = "not corrected: which inputs the dense model gives it for the same tokens is not known"
 NO_NOTES: Mapping[str, str] = MappingProxyType({})
 REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
 # Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
@@ -235,23 +239,33 @@ class _Run:
             return {name for found in names for name in found}
         # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
         first = max(k for k in range(durable + 1) if not chain.follows[k])
-        with Store(self.activation_budget) as hidden:
-            frames = self._enter(chain, kinds, hidden)
+        corrects = any(self.chosen[name].input_correction for found in names for name in found)
+        # Half of what may stay in memory each.
+        budget = self.activation_budget // 2 if corrects and self.activation_budget else self.activation_budget
+        with Store(budget) as hidden, Store(budget) as beside:
+            twin = DenseTwin(beside) if corrects else None
+            frames = self._enter(chain, kinds, hidden, twin)
             for k in range(last + 1):
                 if k < first:
                     self._skip(chain, k, names[k])
                     continue
                 own = [frame[chain.kind[k]] for frame in frames] if chain.follows[k] or not k else []
                 if not own:
-                    own = [frame[k] for frame in self._enter(chain, [k], hidden)]
+                    own = [frame[k] for frame in self._enter(chain, [k], hidden, twin)]
                 feeds_next = k < last and chain.follows[k + 1]
                 layers = {name: self.model.get_submodule(name) for name in names[k]}
-                with held(chain.blocks[k]):
-                    self._block(chain.names[k], chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next)
+                with held(chain.blocks[k]), ExitStack() as beside_it:
+                    if twin is not None:
+                        calls = Calls(chain, own, twin.hidden)
+                        beside_it.enter_context(twin.inside(chain.names[k], chain.blocks[k], layers, calls))
+                    self._block(chain.names[k], chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next, twin)
         return {name for found in names for name in found}
 
-    def _enter(self, chain: Chain, which: list[int], hidden: Store) -> list[dict[int, Call]]:
-        """Run the model up to these blocks: their calls per batch without hidden states; the first's is stored."""
+    def _enter(self, chain: Chain, which: list[int], hidden: Store, twin: DenseTwin | None) -> list[dict[int, Call]]:
+        """Run the model up to these blocks: their calls per batch without hidden states; the first's is stored.
+
+        The dense model's is taken to be the same: what was compressed before is not run dense again.
+        """
         frames = []
         for at, batch in enumerate(self.batches):
             found = {}
@@ -259,6 +273,8 @@ class _Run:
                 found[k], state = chain.split(call)
                 if k == which[0]:
                     hidden.put(at, state)
+                    if twin is not None:
+                        twin.hidden.put(at, state)
             frames.append(found)
         return frames
 
@@ -267,7 +283,10 @@ class _Run:
         self._swap(self._restored(chain.names[k], names))
         experts.settle(chain.blocks[k])
 
-    def _block(self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool) -> None:
+    def _block(
+        self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool,
+        twin: DenseTwin | None,
+    ) -> None:  # fmt: skip
         """Compress one block on these calls; with `feeds_next`, what it hands on takes the place of its inputs."""
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         device = self.device or home
@@ -283,7 +302,7 @@ class _Run:
 
             mixtures = self._mixtures(block, first) if layers else []
             for stage in self._stages(layers, first, mixtures):
-                groups = self._groups(stage, mixtures, ((block, move_call(call, device)) for call in calls))
+                groups = self._groups(stage, mixtures, ((block, move_call(call, device)) for call in calls), twin)
                 for found in self._solve(groups):
                     solved |= self._run_dense(found)
             self._keep(part, solved)
@@ -291,6 +310,8 @@ class _Run:
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
         self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
         if feeds_next:
+            if twin is not None:
+                twin.advance()
             for at, call in enumerate(calls):
                 args, kwargs = move_call(call, device)
                 calls.hidden.put(at, move(blocks.hidden_state(block(*args, **kwargs)), home))
@@ -339,15 +360,18 @@ class _Run:
         layers: dict[str, nn.Module],
         mixtures: list[Experts | ListedExperts],
         runs: Iterable[tuple[nn.Module, Call]],
+        twin: DenseTwin | None = None,
     ) -> list[Group]:
         """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch."""
-        shared = SharedInputs(layers, mixtures, self.everything)
+        shifts = twin is not None and any(self.chosen[name].input_correction for name in layers)
+        shared = SharedInputs(layers, mixtures, self.everything, shifts)
 
         def collect() -> list[str]:
-            for at, (batch, (module, call)) in enumerate(zip(self.batches, runs, strict=True)):
+            beside = twin.runs() if twin is not None and shifts else repeat(None, len(self.batches))
+            for at, (batch, (module, call), dense) in enumerate(zip(self.batches, runs, beside, strict=True)):
                 shared.rows = rows_that_count(self.model, batch)
                 shared.weights = self.sensitivity.weights(at) if self.sensitivity else {}
-                self._collect(shared, self._bound(module, call))
+                self._collect(shared, self._bound(module, call), dense)
             return sorted(shared.unmasked)
 
         self.unmasked.update(*self.team.each(collect))
@@ -367,9 +391,13 @@ class _Run:
                 recipe = self.chosen[name]
                 output = self.sensitivity.take(name) if self.sensitivity and recipe.by_model else None
                 with held(layer):
-                    packed, row, solution = solve_and_keep("compress", name, layer, group.hessian, recipe, output)
+                    packed, row, solution = solve_and_keep(
+                        "compress", name, layer, group.hessian, recipe, output, group.shift
+                    )
                 if needs_data and recipe.by_model and output is None:
                     row.notes = (*row.notes, NO_SENSITIVITY)
+                if recipe.input_correction and group.shift is None:
+                    row.notes = (*row.notes, NO_SHIFT)
                 if needs_data and row.tokens < packed.in_features:
                     row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")
                 if name in self.unmasked:
@@ -439,9 +467,9 @@ class _Run:
     def _swap(self, solved: dict[str, Solved]) -> None:
         swap_all(self.model, {name: layer.packed for name, layer in solved.items()})
 
-    def _collect(self, shared: SharedInputs, run: Callable[[], Any]) -> None:
+    def _collect(self, shared: SharedInputs, run: Callable[[], Any], dense: DenseRun | None = None) -> None:
         try:
-            shared.forward(run)
+            shared.forward(run, dense)
         except ValueError as error:
             raise ValueError(f"compress: {error}") from None
 

@@ -38,13 +38,16 @@ class Recipe:
     act_order, clip, damp, refit: see `llmkern.solvers`. objective: what an error of a layer is measured by, "model"
     (what it does to the distribution of the model's outputs, which takes a backward pass: `llmkern.fisher`) or "layer"
     (its own squared error, as published); None is "model" for gptq and sparsegpt, but "layer" for their published forms
-    (act_order="dynamic", refit=False). activations: "int8" quantizes them on the fly.
-    dtype: of sparse values (default: the model's own if it has 16 bits, else bfloat16). scale_dtype: of scales
-    (default: the model's own). targets: which linear layers (default all); ignore wins over targets. Both hold names
-    (the whole dotted name or its last parts) or "re:" patterns, matched from the name's start; "lm_head" also means
-    the output head under another name. overrides: (pattern, changes) pairs or a mapping, where changes are a mapping
-    of fields, a short form, or None to leave the layer as it is. experts: which tokens calibrate an expert of a
-    mixture: "routed" (those that reach it; one that none reaches is an error) or "all" (every token of its layer).
+    (act_order="dynamic", refit=False). input_correction: how much of what the layers before it have changed a layer
+    makes up for, 0 (none) to 1 (all), see `llmkern.solvers.shift`. descent, scale_refit: passes over the codes, and
+    steps over the scales, once the columns are done; None is what the solver does by default. activations: "int8"
+    quantizes them on the fly. dtype: of sparse values (default: the model's own if it has 16 bits, else bfloat16).
+    scale_dtype: of scales (default: the model's own). targets: which linear layers (default all); ignore wins over
+    targets. Both hold names (the whole dotted name or its last parts) or "re:" patterns, matched from the name's start;
+    "lm_head" also means the output head under another name. overrides: (pattern, changes) pairs or a mapping, where
+    changes are a mapping of fields, a short form, or None to leave the layer as it is. experts: which tokens calibrate
+    an expert of a mixture: "routed" (those that reach it; one that none reaches is an error) or "all" (every token of
+    its layer).
 
     Raises ValueError naming the field, what is wanted, and what it got.
     """
@@ -59,6 +62,9 @@ class Recipe:
     damp: float = 0.01
     refit: bool = True
     objective: str | None = None
+    input_correction: float = 0.0
+    descent: int | None = None
+    scale_refit: int | None = None
     activations: str | None = None
     dtype: str | None = None
     scale_dtype: str | None = None
@@ -104,6 +110,11 @@ class Recipe:
         require(isinstance(self.symmetric, bool), "symmetric", "true or false")
         require(isinstance(self.refit, bool), "refit", "true or false")
         require(self.objective in (None, "model", "layer"), "objective", 'None, "model" or "layer"')
+        ok = type(self.input_correction) in (int, float) and 0 <= self.input_correction <= 1
+        require(ok, "input_correction", "in [0, 1]")
+        for name in ("descent", "scale_refit"):
+            value = getattr(self, name)
+            require(value is None or (type(value) is int and value >= 0), name, "None or an int >= 0")
         for name in ("dtype", "scale_dtype"):
             require(getattr(self, name) in (None, *DTYPES), name, f"one of {', '.join(DTYPES)}")
         self._validate_method()
@@ -130,6 +141,12 @@ class Recipe:
                 raise ValueError(f'recipe: objective="model" is for gptq and sparsegpt, got {self.method}')
             if self.act_order == "dynamic" or not self.refit:
                 raise ValueError('recipe: objective="model" goes with neither act_order="dynamic" nor refit=False')
+        if self.input_correction and self.method not in ("gptq", "sparsegpt"):
+            raise ValueError(f"recipe: input_correction is for gptq and sparsegpt, got {self.method}")
+        for name in ("descent", "scale_refit"):
+            if getattr(self, name) is not None and not (self.solves_columns and self.bits and self.refit):
+                codes = "the codes of gptq, wanda, or sparsegpt with refit=True"
+                raise ValueError(f"recipe: {name} is for {codes}, got {self!s} with refit={self.refit}")
         if not self.symmetric and self.sparsity is not None:
             raise ValueError("recipe: sparse weights are symmetric: a pruned weight is code 0")
 
@@ -224,8 +241,12 @@ class Recipe:
     @property
     def orders_columns(self) -> bool:
         """Whether the solver takes the columns in the order of their activations, groups found beforehand."""
-        gptq = self.method == "gptq" or (self.method == "wanda" and self.bits is not None)
-        return gptq and self.act_order == "static"
+        return self.solves_columns and self.method != "sparsegpt" and self.act_order == "static"
+
+    @property
+    def solves_columns(self) -> bool:
+        """Whether a solver goes through the columns with feedback of their errors."""
+        return self.method in ("gptq", "sparsegpt") or (self.method == "wanda" and self.bits is not None)
 
     def assign(
         self, names: Iterable[str], head: str | None = None, aliases: Mapping[str, Iterable[str]] = MappingProxyType({})

@@ -9,20 +9,24 @@ from torch import Tensor
 
 from llmkern.formats import Sparse24Weight
 from llmkern.recipe import Recipe
-from llmkern.solvers import Hessian, Solution, gptq, magnitude, rtn, sparsegpt, wanda
+from llmkern.solvers import Hessian, InputShift, Solution, corrected, gptq, magnitude, rtn, sparsegpt, wanda
 from llmkern.solvers.grid import find_grid
 from llmkern.solvers.output import OutputHessian
 from llmkern.solvers.rtn import loss_without_factor
 from llmkern.solvers.solution import pack_kept, pack_quantized
 
 
-def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe, output: OutputHessian | None = None) -> Solution:
+def solve(
+    weight: Tensor, hessian: Hessian | None, recipe: Recipe, output: OutputHessian | None = None,
+    shift: InputShift | None = None,
+) -> Solution:  # fmt: skip
     """Solve one layer, weight [N, K] in the model's dtype, as `recipe` says; `packed` is always set.
 
-    `hessian` may be None for data-free methods; `output` goes to gptq and sparsegpt. Raises ValueError (TypeError for
-    dtypes) for what a solver refuses.
+    `hessian` may be None for data-free methods; `output` goes to gptq and sparsegpt, and so does the weight that makes
+    up for `shift` as far as the recipe says. Raises ValueError (TypeError for dtypes) for what a solver refuses.
     """
     scale_dtype = getattr(torch, recipe.scale_dtype) if recipe.scale_dtype else weight.dtype
+    dtype = weight.dtype
     if recipe.method == "pack":
         return _store(_as_it_is(weight), weight.dtype, recipe)
     if recipe.method == "rtn":
@@ -39,12 +43,17 @@ def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe, output: Outpu
         )
     if hessian is None:
         raise ValueError(f"{recipe.method} needs calibration")
+    if shift is not None and recipe.input_correction:
+        # In the order that the solver takes, for which there is then a factor.
+        factor = hessian.factor("activation" if recipe.orders_columns else None, recipe.damp)
+        weight = corrected(weight, factor, shift, recipe.input_correction)
     if recipe.method == "sparsegpt":
         solution = sparsegpt(
             weight, hessian, sparsity=_sparsity(recipe), bits=recipe.bits, group_size=recipe.group_size,
-            refit=recipe.refit, damp=recipe.damp, scale_dtype=scale_dtype, output=output,
+            refit=recipe.refit, damp=recipe.damp, scale_dtype=scale_dtype, output=output, descent=recipe.descent,
+            scale_refit=recipe.scale_refit,
         )  # fmt: skip
-        return solution if recipe.bits else _store(solution, weight.dtype, recipe)
+        return solution if recipe.bits else _store(solution, dtype, recipe)
     mask = None
     if recipe.method == "wanda":
         solution = wanda(weight, hessian, sparsity=_sparsity(recipe))
@@ -54,7 +63,7 @@ def solve(weight: Tensor, hessian: Hessian | None, recipe: Recipe, output: Outpu
     return gptq(
         weight, hessian, bits=_bits(recipe), group_size=recipe.group_size, symmetric=recipe.symmetric,
         act_order=recipe.act_order, clip=recipe.clip, damp=recipe.damp, mask=mask, scale_dtype=scale_dtype,
-        output=output,
+        output=output, descent=recipe.descent, scale_refit=recipe.scale_refit,
     )  # fmt: skip
 
 

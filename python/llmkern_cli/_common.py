@@ -123,8 +123,9 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """What --recipe says, and --experts and --objective where a command has them; UsageError if they do not fit."""
-    asked = {key: value for key in ("experts", "objective") if (value := getattr(args, key, None))}
+    """What --recipe says, and the fields that a command has options for; UsageError if they do not fit."""
+    fields = ("experts", "objective", "input_correction")
+    asked = {key: value for key in fields if (value := getattr(args, key, None)) is not None}
     try:
         return replace(parse_recipe(args.recipe), **asked)
     except ValueError as error:

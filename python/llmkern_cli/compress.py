@@ -47,6 +47,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "pass, or the layer's own squared error (default: the recipe's, which is model for gptq and sparsegpt)",
     )  # fmt: skip
     parser.add_argument(
+        "--input-correction", type=float, metavar="STRENGTH",
+        help="how much of what the layers before it have changed a layer makes up for, 0 to 1 (default: the recipe's, "
+        "which is 0); costs another hidden state per sample, and the time of more forwards",
+    )  # fmt: skip
+    parser.add_argument(
         "--stream", choices=("auto", "on", "off"), default="auto",
         help="leave a folder's weights in its files, but for one block at a time (auto: when they would take more than "
         "half of the memory that is available)",

@@ -12,6 +12,7 @@ from llmkern.solvers.output import OutputHessian
 from llmkern.solvers.problem import Problem
 from llmkern.solvers.reference_api import GPTQ, Quantizer, SparseGPT
 from llmkern.solvers.rtn import rtn
+from llmkern.solvers.shift import InputShift, corrected
 from llmkern.solvers.solution import Solution
 from llmkern.solvers.sparsegpt import sparsegpt
 from llmkern.solvers.wanda import wanda
@@ -19,11 +20,13 @@ from llmkern.solvers.wanda import wanda
 __all__ = [
     "GPTQ",
     "Hessian",
+    "InputShift",
     "OutputHessian",
     "Problem",
     "Quantizer",
     "Solution",
     "SparseGPT",
+    "corrected",
     "gptq",
     "magnitude",
     "rtn",

@@ -1,0 +1,69 @@
+"""The dense model beside the one that is being compressed: what its layers would have been given.
+
+    compressed   hidden state k  -> block k, layer after layer solved -> hidden state k + 1
+    dense        hidden state k' -> block k with its dense weights    -> hidden state k' + 1
+
+It costs a second hidden state per batch, the dense weights of one block, and a forward more for each one that there is
+otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from llmkern.activations import Calls, Store
+from llmkern.blocks import Call, hidden_state
+from llmkern.calibration import move, move_call
+from llmkern.shared_inputs import DenseRun
+
+
+class DenseTwin:
+    """One chain of blocks as it was, of which `inside` one block at a time can run."""
+
+    def __init__(self, hidden: Store) -> None:
+        self.hidden = hidden
+        self._block: nn.Module | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._calls: Calls | None = None
+        self._device = torch.device("cpu")
+
+    @contextmanager
+    def inside(self, prefix: str, block: nn.Module, layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
+        """Before any of the layers, by their full names, of this block is compressed; `calls` on the dense states."""
+        self._weights = {
+            f"{name[len(prefix) + 1 :]}.weight": layer.weight.detach().clone()  # type: ignore[operator]
+            for name, layer in layers.items()
+        }
+        self._block, self._calls = block, calls
+        self._device = next((parameter.device for parameter in block.parameters()), self._device)
+        try:
+            yield
+        finally:
+            self._weights, self._block, self._calls = {}, None, None
+
+    def runs(self) -> Iterator[DenseRun | None]:
+        """The block's forward on each batch; None for one whose hidden state is not known."""
+        assert self._calls is not None
+        for at, call in enumerate(self._calls):
+            state = self.hidden.get(at)
+            yield None if state is None else DenseRun(self._bound(call), state.shape[:-1].numel())
+
+    def advance(self) -> None:
+        """What the block hands on takes the place of what it was given."""
+        assert self._calls is not None
+        for at, call in enumerate(self._calls):
+            state = self.hidden.get(at)
+            if state is not None:
+                self.hidden.put(at, move(hidden_state(self._bound(call)()), state.device))
+
+    def _bound(self, call: Call) -> Callable[[], Any]:
+        assert self._block is not None
+        moved = move_call(call, self._device)
+        return partial(functional_call, self._block, self._weights, moved.args, moved.kwargs)

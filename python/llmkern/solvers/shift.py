@@ -1,0 +1,65 @@
+"""What a layer can make up for of the errors before it: its inputs are no longer those of the dense model.
+
+The dense model hands the layer x' where the compressed one hands it x. What the layer should give is still W x', so
+its weight on x should be the least-squares one of both: the W* that minimises Σ |W x' - W* x|², which is
+
+    W* = W + W C (H + λ)⁻¹,   C = Σ (x' - x) xᵀ,   H = Σ x xᵀ
+
+and |W x' - Q x|² is then |(W* - Q) x|² but for what no Q can change, so solvers take W* for the weight. The objective
+is GPTAQ's (Li et al., arXiv 2504.02692), which corrects column by column; the closed form, and the strength, a factor
+of the correction against fitting what the calibration alone has, are QEP's (Arai and Ichikawa, arXiv 2504.09629).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmkern import _large
+from llmkern._dense import product
+from llmkern.solvers.hessian import Factor
+
+COLUMNS = 1024  # of a product of `add`: what it adds is made anew, and added, at a time
+
+
+class InputShift:
+    """Σ (x' - x) xᵀ over tokens, fp32 [K, K]; rows are features of x' - x, columns those of x."""
+
+    def __init__(self, k: int, device: torch.device | str | None = None) -> None:
+        self.k = k
+        self.tokens = 0
+        self.sum = _large.zeros(k, device)
+
+    def add(self, dense: Tensor, x: Tensor) -> None:
+        """Add tokens: x [T, K] of the compressed model, and the same of the dense one, any float dtype.
+
+        ValueError for a NaN or infinity.
+        """
+        moved, x = (dense.float() - x.float()).T.contiguous(), x.float()
+        if not torch.isfinite(moved).all():
+            raise ValueError("InputShift.add: the dense model's input has non-finite values, or differs by infinity")
+        for start in range(0, self.k, COLUMNS):
+            rows = slice(start, start + COLUMNS)
+            self.sum[rows] += product(moved[rows], x)
+        self.tokens += len(x)
+
+
+def corrected(weight: Tensor, factor: Factor, shift: InputShift, strength: float = 1.0) -> Tensor:
+    """W* of weight [N, K], fp32, with the factor of the Hessian of the same tokens; a new tensor.
+
+    strength: of the correction, 0 (none) to 1 (all of it). ValueError for another K.
+    """
+    w = weight.float()
+    if w.shape[1] != shift.k:
+        raise ValueError(f"corrected: weight is [N, K]={list(w.shape)}, but shift is of K={shift.k}")
+    wanted = product(w, shift.sum)
+    if factor.order is not None:
+        wanted = wanted.index_select(1, factor.order)
+    # H + λ = U D Uᵀ with U unit upper triangular and D the squared diagonal.
+    right = {"left": False, "unitriangular": True}
+    wanted = torch.linalg.solve_triangular(factor.unit.T, wanted, upper=False, **right)
+    wanted /= factor.diagonal.square()
+    wanted = torch.linalg.solve_triangular(factor.unit, wanted, upper=True, **right)
+    if factor.order is not None:
+        wanted = wanted.index_select(1, factor.order.argsort())
+    return w + strength * wanted
