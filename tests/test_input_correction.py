@@ -21,19 +21,18 @@ def collected(x, dense):
     return hessian, shift
 
 
-@pytest.mark.parametrize("order", [None, "activation"])
+@pytest.mark.parametrize("damp", [0.01, 0.9])
 @pytest.mark.parametrize("k", [1, 3, 64, 300])
-def test_the_correction_is_the_closed_form(k, order):
+def test_the_correction_is_the_closed_form(k, damp):
     x = torch.randn(4 * k + 20, k)
     dense, w = x + 0.1 * torch.randn_like(x) + 0.2 * x.roll(1, 1), torch.randn(7, k)
     hessian, shift = collected(x, dense)
     assert shift.tokens == len(x)
-    factor = hessian.factor(order, 0.01)
     x, dense, wide = x.double(), dense.double(), w.double()
-    damped = x.T @ x + factor.added * torch.eye(k, dtype=torch.float64)
-    step = wide @ (dense - x).T @ x @ torch.linalg.inv(damped)
+    ridge = max(damp, 2 * k / len(x)) * x.square().sum() / k
+    step = wide @ (dense - x).T @ x @ torch.linalg.inv(x.T @ x + ridge * torch.eye(k, dtype=torch.float64))
     for strength in (1.0, 0.3):
-        got = corrected(w, factor, shift, strength) - w
+        got = corrected(w, hessian, shift, strength, damp) - w
         torch.testing.assert_close(got.double(), strength * step, rtol=1e-3, atol=1e-4)
 
 
@@ -41,17 +40,29 @@ def test_a_corrected_weight_is_nearer_to_the_dense_output():
     x, w = torch.randn(500, 32), torch.randn(16, 32)
     dense = x @ (torch.eye(32) + 0.1 * torch.randn(32, 32)) + 0.05 * torch.randn(500, 32)
     hessian, shift = collected(x, dense)
-    factor = hessian.factor(None, 1e-6)
-    errors = [(dense @ w.T - x @ corrected(w, factor, shift, s).T).norm() for s in (0.0, 0.5, 1.0, 1.5)]
+    errors = [(dense @ w.T - x @ corrected(w, hessian, shift, s).T).norm() for s in (0.0, 0.5, 1.0, 2.0)]
     assert errors[2] < errors[1] < errors[0]
     assert errors[2] < errors[3]
+
+
+def test_few_tokens_correct_less():
+    """What is noise alone is not followed: on tokens that were not seen it would only be an error more."""
+    w, errors = torch.randn(16, 64), []
+    x, noise = torch.randn(80, 64), 0.3 * torch.randn(80, 64)
+    other = torch.randn(500, 64)
+    for few in (True, False):
+        hessian, shift = collected(x, x + noise)
+        if not few:  # as if each token had been seen a hundred times
+            hessian, shift.tokens = Hessian.from_partial(hessian.partial(), 8000), 8000
+        errors.append((other @ (corrected(w, hessian, shift) - w).T).norm())
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_features_that_are_dead_stay_out():
     x, w = torch.randn(100, 8), torch.randn(4, 8)
     x[:, 3] = 0
     hessian, shift = collected(x, x + torch.randn_like(x))
-    got = corrected(w, hessian.factor("activation", 0.01), shift)
+    got = corrected(w, hessian, shift)
     assert torch.equal(got[:, 3], w[:, 3])
     assert not torch.allclose(got[:, 2], w[:, 2])
 
@@ -60,9 +71,11 @@ def test_wrong_inputs_are_refused():
     shift = InputShift(8)
     with pytest.raises(ValueError, match="non-finite"):
         shift.add(torch.full((2, 8), torch.nan), torch.ones(2, 8))
-    factor = Hessian(4).add(torch.randn(9, 4)).factor(None, 0.01)
-    with pytest.raises(ValueError, match=r"\[N, K\]=\[3, 4\], but shift is of K=8"):
-        corrected(torch.randn(3, 4), factor, shift)
+    hessian = Hessian(4).add(torch.randn(9, 4))
+    with pytest.raises(ValueError, match=r"\[N, K\]=\[3, 4\], the Hessian of K=4, the shift of K=8"):
+        corrected(torch.randn(3, 4), hessian, shift)
+    with pytest.raises(ValueError, match="the Hessian has 9 tokens, the shift 0"):
+        corrected(torch.randn(3, 4), hessian, InputShift(4))
 
 
 def moved(kind, twin, dense, names, batches):
@@ -167,7 +180,7 @@ def test_padding_does_not_count():
 def test_the_compressed_model_stays_nearer_to_the_dense_one():
     ids = tiny.token_ids(64)
     wanted, errors = tiny.output("llama", tiny.llama(num_hidden_layers=6), ids), []
-    for strength in (0, 1):
+    for strength in (0, None):
         model = tiny.llama(num_hidden_layers=6)
         compress(model, llmkern.Recipe.parse(RECIPE, input_correction=strength), ids)
         errors.append((tiny.output("llama", model, ids) - wanted).norm())
@@ -178,10 +191,8 @@ def test_the_compressed_model_stays_nearer_to_the_dense_one():
 @pytest.mark.parametrize("objective", ["model", "layer"])
 def test_every_solver_takes_it(recipe, objective):
     plain, other = tiny.llama(), tiny.llama()
-    compress(plain, llmkern.Recipe.parse(recipe, objective=objective), tiny.token_ids(20))
-    report = compress(
-        other, llmkern.Recipe.parse(recipe, objective=objective, input_correction=0.5), tiny.token_ids(20)
-    )
+    compress(plain, llmkern.Recipe.parse(recipe, objective=objective, input_correction=0), tiny.token_ids(20))
+    report = compress(other, llmkern.Recipe.parse(recipe, objective=objective), tiny.token_ids(20))
     assert len(report.rows) == 21
     assert not any(row.notes for row in report.rows)
     assert not torch.equal(*(tiny.output("llama", model, tiny.token_ids(2)) for model in (plain, other)))
@@ -223,10 +234,20 @@ def test_a_run_goes_on_with_the_same_bits(stop, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "much"])
 def test_a_strength_is_a_share(value):
-    with pytest.raises(ValueError, match=r"recipe: input_correction must be in \[0, 1\], got"):
+    with pytest.raises(ValueError, match=r"recipe: input_correction must be None or in \[0, 1\], got"):
         llmkern.Recipe.parse("gptq-int4", input_correction=value)
 
 
 def test_methods_without_a_least_squares_weight_refuse_it():
     with pytest.raises(ValueError, match="input_correction is for gptq and sparsegpt, got wanda"):
         llmkern.Recipe.parse("wanda-2:4", input_correction=1)
+
+
+def test_published_forms_are_not_corrected():
+    assert llmkern.Recipe.parse("gptq-int4").correction == 0.5
+    assert llmkern.Recipe.parse("sparsegpt-2:4", objective="layer").correction == 0.5
+    for recipe in ("wanda-2:4", "rtn-int4", "wanda-2:4-int4"):
+        assert not llmkern.Recipe.parse(recipe).correction
+    assert not llmkern.Recipe.parse("gptq-int4", act_order="dynamic").correction
+    assert llmkern.Recipe.parse("gptq-int4", act_order="dynamic", input_correction=1).correction == 1
+    assert not llmkern.Recipe.parse("sparsegpt-2:4", refit=False).correction

@@ -239,7 +239,7 @@ class _Run:
             return {name for found in names for name in found}
         # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
         first = max(k for k in range(durable + 1) if not chain.follows[k])
-        corrects = any(self.chosen[name].input_correction for found in names for name in found)
+        corrects = any(self.chosen[name].correction for found in names for name in found)
         # Half of what may stay in memory each.
         budget = self.activation_budget // 2 if corrects and self.activation_budget else self.activation_budget
         with Store(budget) as hidden, Store(budget) as beside:
@@ -306,12 +306,12 @@ class _Run:
                 for found in self._solve(groups):
                     solved |= self._run_dense(found)
             self._keep(part, solved)
+        if feeds_next and twin is not None:
+            twin.advance()
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
         self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
         if feeds_next:
-            if twin is not None:
-                twin.advance()
             for at, call in enumerate(calls):
                 args, kwargs = move_call(call, device)
                 calls.hidden.put(at, move(blocks.hidden_state(block(*args, **kwargs)), home))
@@ -363,7 +363,7 @@ class _Run:
         twin: DenseTwin | None = None,
     ) -> list[Group]:
         """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch."""
-        shifts = twin is not None and any(self.chosen[name].input_correction for name in layers)
+        shifts = twin is not None and any(self.chosen[name].correction for name in layers)
         shared = SharedInputs(layers, mixtures, self.everything, shifts)
 
         def collect() -> list[str]:
@@ -396,7 +396,7 @@ class _Run:
                     )
                 if needs_data and recipe.by_model and output is None:
                     row.notes = (*row.notes, NO_SENSITIVITY)
-                if recipe.input_correction and group.shift is None:
+                if needs_data and recipe.correction and group.shift is None:
                     row.notes = (*row.notes, NO_SHIFT)
                 if needs_data and row.tokens < packed.in_features:
                     row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")

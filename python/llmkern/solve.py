@@ -43,10 +43,8 @@ def solve(
         )
     if hessian is None:
         raise ValueError(f"{recipe.method} needs calibration")
-    if shift is not None and recipe.input_correction:
-        # In the order that the solver takes, for which there is then a factor.
-        factor = hessian.factor("activation" if recipe.orders_columns else None, recipe.damp)
-        weight = corrected(weight, factor, shift, recipe.input_correction)
+    if shift is not None and recipe.correction:
+        weight = corrected(weight, hessian, shift, recipe.correction, recipe.damp)
     if recipe.method == "sparsegpt":
         solution = sparsegpt(
             weight, hessian, sparsity=_sparsity(recipe), bits=recipe.bits, group_size=recipe.group_size,

@@ -48,8 +48,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--input-correction", type=float, metavar="STRENGTH",
-        help="how much of what the layers before it have changed a layer makes up for, 0 to 1 (default: the recipe's, "
-        "which is 0); costs another hidden state per sample, and the time of more forwards",
+        help="how much of what the layers before it have changed a layer makes up for, 0 to 1; 0 saves a hidden state "
+        "per sample, and the dense model's forwards (default: the recipe's, which is 0.5 for gptq and sparsegpt)",
     )  # fmt: skip
     parser.add_argument(
         "--stream", choices=("auto", "on", "off"), default="auto",

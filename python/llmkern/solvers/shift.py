@@ -6,8 +6,9 @@ its weight on x should be the least-squares one of both: the W* that minimises �
     W* = W + W C (H + λ)⁻¹,   C = Σ (x' - x) xᵀ,   H = Σ x xᵀ
 
 and |W x' - Q x|² is then |(W* - Q) x|² but for what no Q can change, so solvers take W* for the weight. The objective
-is GPTAQ's (Li et al., arXiv 2504.02692), which corrects column by column; the closed form, and the strength, a factor
-of the correction against fitting what the calibration alone has, are QEP's (Arai and Ichikawa, arXiv 2504.09629).
+is GPTAQ's (Li et al., arXiv 2504.02692), which corrects column by column; the closed form, and a strength against
+fitting what the calibration alone has, are QEP's (Arai and Ichikawa, arXiv 2504.09629). The ridge λ that grows with the
+features per token is ours: C has the noise of so many tokens, which H⁻¹ makes large where H is small.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from llmkern import _large
 from llmkern._dense import product
-from llmkern.solvers.hessian import Factor
+from llmkern.solvers.hessian import Hessian
 
 COLUMNS = 1024  # of a product of `add`: what it adds is made anew, and added, at a time
+RIDGE = 2.0  # λ over the mean of diag(H), times tokens per feature
 
 
 class InputShift:
@@ -44,22 +46,22 @@ class InputShift:
         self.tokens += len(x)
 
 
-def corrected(weight: Tensor, factor: Factor, shift: InputShift, strength: float = 1.0) -> Tensor:
-    """W* of weight [N, K], fp32, with the factor of the Hessian of the same tokens; a new tensor.
+def corrected(weight: Tensor, hessian: Hessian, shift: InputShift, strength: float = 1.0, damp: float = 0.01) -> Tensor:
+    """W* of weight [N, K], fp32, with the Hessian of the same tokens; a new tensor.
 
-    strength: of the correction, 0 (none) to 1 (all of it). ValueError for another K.
+    strength: of the correction, 0 (none) to 1 (all of it). damp: the least λ, relative to the mean of diag(H).
+    ValueError for another K or other tokens.
     """
     w = weight.float()
-    if w.shape[1] != shift.k:
-        raise ValueError(f"corrected: weight is [N, K]={list(w.shape)}, but shift is of K={shift.k}")
-    wanted = product(w, shift.sum)
-    if factor.order is not None:
-        wanted = wanted.index_select(1, factor.order)
+    if w.shape[1] != shift.k or hessian.k != shift.k:
+        got = f"weight is [N, K]={list(w.shape)}, the Hessian of K={hessian.k}, the shift of K={shift.k}"
+        raise ValueError(f"corrected: {got}")
+    if hessian.tokens != shift.tokens:
+        raise ValueError(f"corrected: the Hessian has {hessian.tokens} tokens, the shift {shift.tokens}")
+    factor = hessian.factor(None, max(damp, RIDGE * shift.k / shift.tokens))
     # H + λ = U D Uᵀ with U unit upper triangular and D the squared diagonal.
     right = {"left": False, "unitriangular": True}
-    wanted = torch.linalg.solve_triangular(factor.unit.T, wanted, upper=False, **right)
-    wanted /= factor.diagonal.square()
-    wanted = torch.linalg.solve_triangular(factor.unit, wanted, upper=True, **right)
-    if factor.order is not None:
-        wanted = wanted.index_select(1, factor.order.argsort())
-    return w + strength * wanted
+    change = torch.linalg.solve_triangular(factor.unit.T, product(w, shift.sum), upper=False, **right)
+    change /= factor.diagonal.square()
+    change = torch.linalg.solve_triangular(factor.unit, change, upper=True, **right)
+    return w + strength * change
