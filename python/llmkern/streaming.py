@@ -74,11 +74,12 @@ class Block:
                 self._read[name] = Read(weakref.ref(parameter), parameter._version)
 
     def _read_into(self, fused: dict[Any, Any], absent: set[str] | None) -> None:
-        """Read these parameters (None: all), with the mixtures' modules as the files have them."""
+        """Read these parameters (None: all that are not packed), with the mixtures' modules as the files have them."""
         block = self.stream.model.get_submodule(self.name)
         experts.replace(block, fused)
         try:
-            self.stream.read([key for key, target in self.sources.items() if absent is None or target in absent])
+            wanted = {name for name, _ in self._parameters()} if absent is None else absent
+            self.stream.read([key for key, target in self.sources.items() if target in wanted])
         finally:
             experts.replace(block, {module: mixture for mixture, module in fused.items()})
 
