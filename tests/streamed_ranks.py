@@ -52,10 +52,13 @@ def compress(model, recipe, rows, ignore=("lm_head",), **fields):
     recipe = llmkern.Recipe.parse(recipe, ignore=ignore, **fields.pop("changes", {}))
     solve, solved = pipeline.solve_and_keep, []
     pipeline.solve_and_keep = lambda caller, name, *rest: solved.append(name) or solve(caller, name, *rest)
+    make, dense = pipeline.Solved, []
+    pipeline.Solved = lambda packed, row, values: dense.append(values is not None) or make(packed, row, values)
     watch = Watch(model) if streaming.is_streamed(model) else None
     calibration = list(tiny.token_ids(rows).split(2)) if recipe.needs_calibration else None
     report = llmkern.compress(model, recipe, calibration, progress=False, **fields)
     said = {"rows": [{**vars(row), "seconds": 0} for row in report.rows], "solved": solved, "notes": report.notes}
+    said["dense"] = sum(dense)
     if watch:
         said |= {"most": watch.most, "read": model._llmkern_stream.bytes - watch.start}
     return said | {"digest": digest(model)}

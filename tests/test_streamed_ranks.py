@@ -51,6 +51,13 @@ def test_a_rank_has_one_block_in_memory(runs, scenario):
     assert [rank["most"] for rank in values(runs[f"{scenario}-stream"])] == [2 if stay else 1] * 2
 
 
+def test_dense_values_are_kept_where_they_run(runs):
+    """Outside of chains and without data all that a rank owns is solved before any of it is put in place."""
+    for scenario, share in (("llama-gptq-int4-g16-layer", 1), ("irregular", 0), ("llama-rtn-int4-g16-None", 0)):
+        for rank in values(runs[f"{scenario}-stream"]):
+            assert rank["dense"] == share * len(rank["solved"])
+
+
 def test_a_rank_reads_the_blocks_that_it_solves(runs, folder):
     """Four blocks without biases: two for each rank, and nothing else."""
     matrices = sum(
