@@ -4,6 +4,7 @@ import torch
 
 from llmkern import blocks
 from llmkern.shared_inputs import SharedInputs
+from llmkern.stages import parts
 
 LISTS = {
     "llama": {"model.layers": 3},
@@ -221,3 +222,11 @@ def test_learning_needs_no_logits(kind):
     chains, irregular = blocks.learn(model, lambda: model(**tiny.inputs(kind, tiny.token_ids(1))))
     assert [len(chain.blocks) for chain in chains] == ([3] if kind == "llama" else [2, 2])
     assert irregular == []
+
+
+def test_parts_without_data_leave_blocks_whole():
+    blocks_of = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "c1": "c"}
+    sizes = dict.fromkeys(["in1", "in2", "in3", *blocks_of, "out"], 4)
+    assert parts(sizes, blocks_of, 8) == [["in1", "in2"], ["in3", "a1", "a2", "a3"], ["b1", "c1"], ["out"]]
+    assert parts(sizes, {}, 12) == [["in1", "in2", "in3"], ["a1", "a2", "a3"], ["b1", "c1", "out"]]
+    assert parts(sizes, blocks_of, 100) == [list(sizes)]

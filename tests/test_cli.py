@@ -266,14 +266,20 @@ def test_a_run_that_was_interrupted_goes_on(run, model, corpus, tmp_path, monkey
 def test_under_torchrun_the_first_rank_writes_and_prints(model, corpus, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmkern"]
     command = ["compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", "9"]
-    command += ["--seqlen", "16", "--json", "--out", tmp_path / "out"]
+    command += ["--seqlen", "16", "--json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["tokens"] == 9 * 16
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["rows"] == result["rows"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for stream in ("off", "on"):
+        options = ["--stream", stream, "--out", tmp_path / stream]
+        done = subprocess.run([*launch, *command, *options], env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("streaming ") == 2 * (stream == "on")
+        result = json.loads(done.stdout)
+        assert result["tokens"] == 9 * 16
+        assert "calibrated and solved on 2 ranks" in result["notes"]
+        assert json.loads((tmp_path / stream / "report.json").read_text())["rows"] == result["rows"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["off", "on"]
+    for name in ("model.safetensors", "llmkern.json", "config.json"):
+        assert (tmp_path / "off" / name).read_bytes() == (tmp_path / "on" / name).read_bytes()
 
 
 def test_what_a_library_prints_stays_off_stdout(run, monkeypatch):

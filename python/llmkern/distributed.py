@@ -1,9 +1,9 @@
 """Ranks of torch.distributed that compress one model together: who calibrates on what, who solves what, who has it.
 
-Every rank holds the model and gets the whole calibration. A rank runs its share of the batches through a stage, the
-Hessians are added up on the ranks that solve with them, layers are solved side by side, and every rank gets every
-result, so that all go on with the same model. Rank 0 writes. Hessians are sums, so one rank and several give the
-same model up to the order of summation.
+Every rank holds the model, or streams it from the same files, and gets the whole calibration. A rank runs its share of
+the batches through a stage, the Hessians are added up on the ranks that solve with them, layers are solved side by
+side, and every rank gets every result, so that all go on with the same model. Rank 0 writes. Hessians are sums, so one
+rank and several give the same model up to the order of summation.
 
 What fails on one rank fails on all, with that rank's message; a rank that has died or hangs is an error within the
 process group's timeout.
@@ -29,6 +29,7 @@ from llmkern.nn import dense_weight
 from llmkern.shared_inputs import SharedInputs
 from llmkern.solved import Solved, decode, encode
 from llmkern.solvers import Hessian, InputShift, OutputHessian
+from llmkern.streaming import home_of, read_bias
 
 T = TypeVar("T")
 # What a rank may raise and the others can raise as well; anything else ends the rank, which ends the others.
@@ -74,6 +75,10 @@ class Alone:
     def each(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on every rank."""
         return [work()]
+
+    def jointly(self, work: Callable[[], T]) -> T:
+        """What `work` gives here; it fails on every rank if it fails on one."""
+        return work()
 
     def groups(self, shared: SharedInputs) -> list[Group]:
         """The layers by their input, those that never ran last, with the Hessians of all batches."""
@@ -134,6 +139,12 @@ class Team(Alone):
             dist.all_gather_object(got, mine)
         return [self._value(rank, outcome) for rank, outcome in enumerate(got)]
 
+    def jointly(self, work: Callable[[], T]) -> T:
+        """What `work` gives here, which need not be anything that can be sent."""
+        kept: list[T] = []
+        self.each(lambda: kept.append(work()))
+        return kept[0]
+
     def groups(self, shared: SharedInputs) -> list[Group]:
         """As alone, each Hessian on its owner only. Layers share one if they did on every rank that ran them."""
         leaders = self.each(lambda: {name: names[0] for names in _by_leader(shared) for name in names})
@@ -176,6 +187,9 @@ class Team(Alone):
                 if own:
                     mine[at] = solve(group._replace(names=own))
                     packets[at] = encode(mine[at])
+                # Here, where an error still reaches all: `decode` needs them.
+                for name in group.names:
+                    read_bias(self.model.get_submodule(name))
             return {at: len(packet) for at, packet in packets.items()}
 
         sizes = self.each(work)
@@ -194,15 +208,15 @@ class Team(Alone):
 
     def _reduced(self, hessian: Hessian | None, name: str, owners: Mapping[str, int]) -> Hessian | None:
         """The Hessian of the layer `name` over the batches of all ranks, on those that own a layer of its group."""
-        weight = dense_weight(self.model.get_submodule(name))
+        layer = self.model.get_submodule(name)
         wanted = set(owners.values())
-        total = self._summed(hessian or Hessian(weight.shape[1], weight.device), wanted)
+        total = self._summed(hessian or Hessian(dense_weight(layer).shape[1], home_of(layer)), wanted)
         return total if self.rank in wanted and total.tokens else None
 
     def _reduced_shift(self, shift: InputShift | None, name: str, owners: Mapping[str, int]) -> InputShift:
         """As `_reduced`, of how the layer's inputs differ from the dense model's."""
-        weight = dense_weight(self.model.get_submodule(name))
-        total = shift or InputShift(weight.shape[1], weight.device)
+        layer = self.model.get_submodule(name)
+        total = shift or InputShift(dense_weight(layer).shape[1], home_of(layer))
         total.sum, total.tokens = self._total(total.sum, total.tokens, set(owners.values()))
         return total
 

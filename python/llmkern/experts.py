@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -117,7 +117,8 @@ class Experts(nn.Module):
         assert self.fused is not None
         for at in range(self.num_experts):
             for name, layer in self.projections(at).items():
-                layer._parameters.update(_linear(self.fused, name, at)._parameters)
+                if not isinstance(layer, PackedLinear):
+                    layer._parameters.update(_linear(self.fused, name, at)._parameters)
         own = self.gating._parameters
         own.update({name: self.fused._parameters[name] for name in own})
 
@@ -219,8 +220,11 @@ def _unfuse(model: nn.Module, only: Callable[[str], bool]) -> None:
 def settle(root: nn.Module, busy: Container[nn.Module] = ()) -> None:
     """Put fused modules back where no layer of the `Experts` is packed or among `busy`.
 
-    Elsewhere the 3-D parameters are let go of, and layers that stay dense get memory of their own.
+    Elsewhere the 3-D parameters are let go of, and layers that stay dense get memory of their own; where they are
+    streamed they are read for it, since files give them in the 3-D parameters alone.
     """
+    from llmkern.streaming import held
+
     back: dict[nn.Module, nn.Module] = {}
     for experts in root.modules():
         if not isinstance(experts, Experts) or experts.fused is None or any(m in busy for m in experts.layers()):
@@ -228,10 +232,13 @@ def settle(root: nn.Module, busy: Container[nn.Module] = ()) -> None:
         if not any(isinstance(layer, PackedLinear) for layer in experts.layers()):
             back[experts] = experts.fused
             continue
-        object.__setattr__(experts, "fused", None)
-        for layer in experts.layers():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data = layer.weight.data.clone()
+        dense = [layer for layer in experts.layers() if isinstance(layer, nn.Linear)]
+        with held(experts) if dense else nullcontext():
+            object.__setattr__(experts, "fused", None)
+            for layer in dense:
+                # A parameter that is not the one which was read is not given back.
+                weight = layer.weight
+                layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     replace(root, back)
 
 

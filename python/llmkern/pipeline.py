@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from llmkern._dense import dense_by_onednn
 from llmkern._pages import give_back
 from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
-from llmkern.blocks import Call, Chain
+from llmkern.blocks import Call, Chain, linears
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
 from llmkern.dense_twin import DenseTwin
 from llmkern.distributed import Group, team
@@ -35,12 +35,12 @@ from llmkern.recipe import Recipe
 from llmkern.report import Report, Row, model_bytes
 from llmkern.shared_inputs import DenseRun, SharedInputs
 from llmkern.solved import Solved, decode
-from llmkern.stages import split, stages
+from llmkern.stages import parts, split, stages
 from llmkern.state import NoState, State
-from llmkern.streaming import held, is_streamed
+from llmkern.streaming import held, is_streamed, read_bias
 
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
-# Dense bytes of the layers that one part of a state holds where there are no blocks: fewer are not worth the flushing.
+# Dense bytes of the layers that one part of a state holds where there is no data: fewer are not worth the flushing.
 PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
@@ -77,7 +77,8 @@ def compress(
     is replaced.
 
     In an initialized process group of several ranks, all of them call this with the same arguments, share the work
-    (`llmkern.distributed`), and end up with the same model; state_dir is read and written by rank 0 alone.
+    (`llmkern.distributed`), and end up with the same model; state_dir is read and written by rank 0 alone. A streamed
+    model (`llmkern.stream`) each of them opens for itself.
     A mixture of experts with 3-D parameters becomes `llmkern.experts.Experts`: every expert's matrices are layers of
     their own, calibrated from the tokens that are routed to the expert, or from all with `Recipe(experts="all")`. A row
     of the report says when a layer saw fewer tokens than it has input features.
@@ -155,25 +156,23 @@ class _Run:
             return self.state.parts, self.state.notes
 
         self.team.check_same(about)
-        parts, notes = self.team.from_first(start)
-        self.done = frozenset(parts)
+        done, notes = self.team.from_first(start)
+        self.done = frozenset(done)
         self.report.notes += notes
         if self.team.size > 1:
-            if is_streamed(self.model):
-                raise ValueError("compress: several ranks cannot share a streamed model; load it whole, or use one")
             self.report.notes.append(f"calibrated and solved on {self.team.size} ranks")
         return self.state
 
     def data_free(self) -> None:
-        parts: list[list[str]] = [[]]
-        size = 0
-        for name in self.chosen:
-            if size >= PART_BYTES:
-                parts.append([])
-                size = 0
-            parts[-1].append(name)
-            size += dense_weight(self.model.get_submodule(name)).nbytes
-        self._replace(self.team.data_free(parts), needs_data=False)
+        """Part after part, as many at a time as there are ranks."""
+        sizes = {name: dense_weight(self.model.get_submodule(name)).nbytes for name in self.chosen}
+        inside: dict[str, str] = {}
+        for prefix, found in blocks.find_lists(self.model):
+            for at, block in enumerate(found):
+                inside |= dict.fromkeys(linears(block, f"{prefix}.{at}"), f"{prefix}.{at}")
+        todo = parts(sizes, inside, PART_BYTES)
+        for at in range(0, len(todo), self.team.size):
+            self._replace(self.team.data_free(todo[at : at + self.team.size]), needs_data=False)
 
     def calibrated(self, batches: list[Call]) -> None:
         """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
@@ -183,7 +182,7 @@ class _Run:
         if len(first.args) == 1 and not first.kwargs:
             first = Call((first.args[0][:1],), {})  # how a model is wired shows on one sequence
         self.sensitivity = self._sensitivity()
-        chains, irregular = blocks.learn(self.model, self._bound(self.model, first))
+        chains, irregular = self.team.jointly(partial(blocks.learn, self.model, self._bound(self.model, first)))
         done: set[str] = set()
         for chain in chains:
             done |= self._chain(chain)
@@ -225,7 +224,7 @@ class _Run:
     def _chain(self, chain: Chain) -> set[str]:
         """Compress one chain; the names of its layers."""
         count = len(chain.blocks)
-        found_in = [blocks.linears(block, prefix) for block, prefix in zip(chain.blocks, chain.names, strict=True)]
+        found_in = [linears(block, prefix) for block, prefix in zip(chain.blocks, chain.names, strict=True)]
         times = Counter(id(layer) for found in found_in for layer in found.values())
         self.shared |= {name for found in found_in for name, layer in found.items() if times[id(layer)] > 1}
         names = [[name for name in found if name in self.chosen and name not in self.shared] for found in found_in]
@@ -249,12 +248,13 @@ class _Run:
                 if k < first:
                     self._skip(chain, k, names[k])
                     continue
-                own = [frame[chain.kind[k]] for frame in frames] if chain.follows[k] or not k else []
-                if not own:
+                if chain.follows[k] or not k:
+                    own = [frame[chain.kind[k]] for frame in frames]
+                else:
                     own = [frame[k] for frame in self._enter(chain, [k], hidden, twin)]
                 feeds_next = k < last and chain.follows[k + 1]
                 layers = {name: self.model.get_submodule(name) for name in names[k]}
-                with held(chain.blocks[k]), ExitStack() as beside_it:
+                with self._held(chain.blocks[k]), ExitStack() as beside_it:
                     if twin is not None:
                         calls = Calls(chain, own, twin.hidden)
                         beside_it.enter_context(twin.inside(chain.names[k], chain.blocks[k], layers, calls))
@@ -266,22 +266,33 @@ class _Run:
 
         The dense model's is taken to be the same: what was compressed before is not run dense again.
         """
-        frames = []
-        for at, batch in enumerate(self.batches):
-            found = {}
-            for k, call in blocks.capture(chain, self._bound(self.model, batch), which).items():
-                found[k], state = chain.split(call)
-                if k == which[0]:
-                    hidden.put(at, state)
-                    if twin is not None:
-                        twin.hidden.put(at, state)
-            frames.append(found)
-        return frames
+
+        def run() -> list[dict[int, Call]]:
+            frames = []
+            for at, batch in enumerate(self.batches):
+                found = {}
+                for k, call in blocks.capture(chain, self._bound(self.model, batch), which).items():
+                    found[k], state = chain.split(call)
+                    if k == which[0]:
+                        hidden.put(at, state)
+                        if twin is not None:
+                            twin.hidden.put(at, state)
+                frames.append(found)
+            return frames
+
+        return self.team.jointly(run)
+
+    @contextmanager
+    def _held(self, block: nn.Module) -> Iterator[None]:
+        """Inside, the block is in memory, on every rank."""
+        with ExitStack() as stack:
+            self.team.jointly(lambda: stack.enter_context(held(block)))
+            yield
 
     def _skip(self, chain: Chain, k: int, names: list[str]) -> None:
         """Put the packed layers of a finished block in place, whose outputs nobody needs."""
         self._swap(self._restored(chain.names[k], names))
-        experts.settle(chain.blocks[k])
+        self.team.jointly(lambda: experts.settle(chain.blocks[k]))  # which may read what stays dense
 
     def _block(
         self, part: str, block: nn.Module, layers: dict[str, nn.Module], calls: Calls, feeds_next: bool,
@@ -303,18 +314,22 @@ class _Run:
             mixtures = self._mixtures(block, first) if layers else []
             for stage in self._stages(layers, first, mixtures):
                 groups = self._groups(stage, mixtures, ((block, move_call(call, device)) for call in calls), twin)
-                for found in self._solve(groups):
+                for found in self._solve(groups, runs_on=True):
                     solved |= self._run_dense(found)
             self._keep(part, solved)
         if feeds_next and twin is not None:
-            twin.advance()
+            self.team.jointly(twin.advance)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
         self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
-        if feeds_next:
+
+        def hand_on() -> None:
             for at, call in enumerate(calls):
                 args, kwargs = move_call(call, device)
                 calls.hidden.put(at, move(blocks.hidden_state(block(*args, **kwargs)), home))
+
+        if feeds_next:
+            self.team.jointly(hand_on)
         self._swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
         experts.settle(block)
         block.to(home)
@@ -378,9 +393,9 @@ class _Run:
         return self.team.groups(shared)
 
     def _solve(
-        self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True
+        self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True, runs_on: bool = False
     ) -> Iterator[dict[str, Solved]]:
-        """Solve these groups, one after the other; nothing is put in place yet."""
+        """Solve these groups, one after the other; nothing is put in place yet. runs_on: keep the dense values."""
 
         def solve(group: Group) -> dict[str, Solved]:
             solved = {}
@@ -404,7 +419,7 @@ class _Run:
                     row.notes = (*row.notes, UNMASKED)
                 if name in notes:
                     row.notes = (*row.notes, notes[name])
-                solved[name] = Solved(packed, row, solution.weight if needs_data else None)
+                solved[name] = Solved(packed, row, solution.weight if runs_on else None)
             return solved
 
         for solved in self.team.solve(groups, solve):
@@ -454,13 +469,16 @@ class _Run:
         if not layers:
             return {}
         data = self.team.from_first(lambda: self.state.read(part))
-        try:
-            with ExitStack() as biases:
-                for layer in layers.values():
-                    biases.enter_context(held(layer))
-                solved = decode(data, layers)
-        except ValueError as error:
-            raise ValueError(f"compress: part {part} of the state: {error}") from None
+
+        def read() -> dict[str, Solved]:
+            for layer in layers.values():
+                read_bias(layer)
+            try:
+                return decode(data, layers)
+            except ValueError as error:
+                raise ValueError(f"compress: part {part} of the state: {error}") from None
+
+        solved = self.team.jointly(read)
         self._take(solved)
         return solved
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmkern.nn import FORMATS, PackedLinear, dense_weight
+from llmkern.nn import FORMATS, PackedLinear
 from llmkern.report import Row
+from llmkern.streaming import home_of
 
 KEY = "llmkern"
 RECORD = ("method", "num_bits", "act_order")  # of a packed layer: how it was made
@@ -50,7 +51,10 @@ def encode(solved: Mapping[str, Solved]) -> bytes:
 
 
 def decode(data: bytes, dense: Mapping[str, nn.Module]) -> dict[str, Solved]:
-    """The inverse of `encode`, each weight where its dense layer is. ValueError unless these are the layers."""
+    """The inverse of `encode`, each weight where its dense layer is. ValueError unless these are the layers.
+
+    Of the dense layers only the biases need to be in memory.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -67,7 +71,7 @@ def decode(data: bytes, dense: Mapping[str, nn.Module]) -> dict[str, Solved]:
 
 def _layer(number: str, about: dict[str, Any], tensors: dict[str, Tensor], dense: Mapping[str, nn.Module]) -> Solved:
     layer = dense[about["name"]]
-    device = dense_weight(layer).device
+    device = home_of(layer)
     own = {key.partition(".")[2]: value.to(device) for key, value in tensors.items() if key.split(".")[0] == number}
     shape = tuple(about["shape"])
     weight = FORMATS[about["class"]].from_tensors(own, shape=shape, group_size=about["group_size"])

@@ -1,4 +1,4 @@
-"""In which order the layers of a block are solved, so that each sees what the layers before it, as solved, hand on."""
+"""In which order layers are solved: in a block so that each sees what those before it, as solved, hand on."""
 
 from __future__ import annotations
 
@@ -44,6 +44,23 @@ def split(stage: Sequence[str], groups: Sequence[Sequence[str]], k: Mapping[str,
         room -= need
         parts[-1] += group
     return parts
+
+
+def parts(sizes: Mapping[str, int], blocks: Mapping[str, str], least: int) -> list[list[str]]:
+    """Layers that need no data, in their order, as parts of a run: `least` bytes each or more, the last one aside.
+
+    sizes: the bytes of each; blocks: the block of those that are in one. A block is in one part: where it is read from
+    files, it is read once, and by one rank alone.
+    """
+    found: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in sizes.items():
+        if size >= least and (name not in blocks or blocks[name] != blocks.get(found[-1][-1])):
+            found.append([])
+            size = 0
+        found[-1].append(name)
+        size += nbytes
+    return found
 
 
 def _kind(name: str) -> str:

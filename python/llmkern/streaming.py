@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmkern import blocks, experts
 from llmkern._pages import give_back
 from llmkern.experts import Experts
-from llmkern.nn import BLOCK_MARK
+from llmkern.nn import BLOCK_MARK, dense_weight
 from llmkern.weight_files import Files, Reader, read_config, skeleton
 
 
@@ -74,11 +74,12 @@ class Block:
                 self._read[name] = Read(weakref.ref(parameter), parameter._version)
 
     def _read_into(self, fused: dict[Any, Any], absent: set[str] | None) -> None:
-        """Read these parameters (None: all), with the mixtures' modules as the files have them."""
+        """Read these parameters (None: all that are not packed), with the mixtures' modules as the files have them."""
         block = self.stream.model.get_submodule(self.name)
         experts.replace(block, fused)
         try:
-            self.stream.read([key for key, target in self.sources.items() if absent is None or target in absent])
+            wanted = {name for name, _ in self._parameters()} if absent is None else absent
+            self.stream.read([key for key, target in self.sources.items() if target in wanted])
         finally:
             experts.replace(block, {module: mixture for mixture, module in fused.items()})
 
@@ -211,6 +212,19 @@ def held(module: nn.Module) -> Iterator[None]:
     finally:
         block.pins -= 1
         block.stream.left(block)
+
+
+def read_bias(linear: nn.Module) -> None:
+    """Have the bias of a linear layer in memory, if it has one. It stays when its block goes, as all vectors do."""
+    if linear.bias is not None and linear.bias.is_meta:
+        with held(linear):
+            pass
+
+
+def home_of(linear: nn.Module) -> torch.device:
+    """Where the weight of a dense linear layer is, or will be once it is read: a streamed model is on the CPU."""
+    weight = dense_weight(linear)
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def is_streamed(model: nn.Module) -> bool:

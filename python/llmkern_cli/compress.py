@@ -54,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", choices=("auto", "on", "off"), default="auto",
         help="leave a folder's weights in its files, but for one block at a time (auto: when they would take more than "
-        "half of the memory that is available)",
+        "half of the memory that is available, counted once for each rank of this machine)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done: `llmkern plan`")
 
@@ -130,7 +130,6 @@ def _streamed(name: str, asked: str, recipe: Any) -> str:
     why_not = (
         "only a local folder of safetensors can be" if not files
         else f"{recipe} changes the whole model" if recipe.method == "cast"
-        else "several ranks cannot share it" if int(os.environ.get("WORLD_SIZE", "1")) > 1
         else "its layers are packed already" if (Path(name).expanduser() / "llmkern.json").is_file()
         else ""
     )  # fmt: skip
@@ -139,9 +138,12 @@ def _streamed(name: str, asked: str, recipe: Any) -> str:
     if asked == "on":
         return "as asked for"
     size, free = sum(path.stat().st_size for path in files), available()
-    if asked == "off" or why_not or free is None or size <= free * SHARE:
+    # Of a run's ranks each decides for itself: a model is the same streamed or not. But those of a machine all load it.
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if asked == "off" or why_not or free is None or size * beside <= free * SHARE:
         return ""
-    return f"since it has {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are available"
+    many = f" on each of {beside} ranks" if beside > 1 else ""
+    return f"since it has {size / 1e9:.1f} GB{many} and {free / 1e9:.1f} GB of memory are available"
 
 
 def show(result: dict[str, Any]) -> str:
