@@ -376,20 +376,22 @@ if mode == "stream":
     model = llmkern.stream(folder)
 else:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-llmkern.compress(model, "gptq-int4-g32", ids, progress=False)
+# The output's sensitivity would be N * 512 numbers of every layer at once.
+recipe = llmkern.Recipe.parse("gptq-int4-g32", objective="layer")
+llmkern.compress(model, recipe, ids, progress=False)
 llmkern.save(model, folder + "-out")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts anonymous mappings on Linux alone")
 def test_a_model_larger_than_memory(tmp_path):
-    """Dense weights of 151 MB, and a process that may take 3/4 of that beyond what its libraries have.
+    """Dense weights of 252 MB, and a process that may take 3/4 of that beyond what its libraries have.
 
     RLIMIT_DATA counts what a process allocates (and what it maps to write to), resident or not; RLIMIT_AS would also
     count the address space that torch's libraries and threads reserve and never touch.
     """
     folder = save(
-        tmp_path / "m", shard="8MB", hidden_size=512, intermediate_size=1024, num_hidden_layers=16,
+        tmp_path / "m", shard="8MB", hidden_size=512, intermediate_size=1024, num_hidden_layers=24,
         num_attention_heads=4, num_key_value_heads=4,
     )  # fmt: skip
     dense = sum(path.stat().st_size for path in shards(folder))
