@@ -1,10 +1,12 @@
 """`llmkern plan` says beforehand what `compress` reports afterwards."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from scripts import said_by
 
 import llmkern
 import llmkern_cli
@@ -122,10 +124,56 @@ def test_streaming_needs_less_and_more_data_needs_more():
     model = tiny.llama(num_hidden_layers=8)
     small, large = (planning.plan(model, "gptq-int4-g32", samples=s, rate=1e9) for s in (16, 160))
     assert small.peak_bytes_streamed < small.peak_bytes < large.peak_bytes
-    assert large.activation_bytes == 160 * 512 * 64 * 4
+    assert large.activation_bytes == 2 * 160 * 512 * 64 * 4  # the dense model's as well
+    plain = planning.plan(model, llmkern.Recipe.parse("gptq-int4-g32", input_correction=0), samples=160, rate=1e9)
+    assert plain.activation_bytes == 160 * 512 * 64 * 4
+    # What goes beside them is a block's weights, and what is of the size of one layer.
+    block = sum(p.nbytes for p in model.model.layers[0].parameters() if p.ndim > 1)
+    assert block < large.peak_bytes - plain.peak_bytes - plain.activation_bytes < 2.5 * block
+    assert large.seconds > 1.2 * plain.seconds
     assert small.seconds < large.seconds
     assert planning.plan(model, "rtn-int8", rate=1e9).activation_bytes == 0
     assert planning.measured_rate() > 1e6
+
+
+def test_the_peak_is_that_of_a_process(tmp_path):
+    """With more blocks and sequences than what one sequence leaves behind would have room for."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("Linux alone tells a process's peak anew")
+    model = tiny.llama(
+        vocab_size=1024, hidden_size=256, intermediate_size=1024, num_hidden_layers=20, max_position_embeddings=512
+    )
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    wanted = planning.plan(model, "gptq-int4-g32", samples=6, rate=1e9).peak_bytes
+    peak = said_by("peak.py", tmp_path, "gptq-int4-g32", 6)["peak"]
+    assert 0.75 * wanted < peak < 1.05 * wanted
+
+
+def planned(model, **fields):
+    return planning.plan(model, llmkern.Recipe.parse("gptq-int4-g32", **fields), samples=1, rate=1e9)
+
+
+def test_the_gradients_logits_are_in_memory_twice():
+    """Those of one sequence. The layers' own errors need none."""
+
+    def work(vocabulary, **fields):
+        plan = planned(tiny.llama(vocab_size=vocabulary), **fields)
+        return plan.peak_bytes - plan.model_bytes_before
+
+    more = work(40000) - work(20000)
+    assert 2 * 4 * 512 * 20000 <= more < 1.5 * 2 * 4 * 512 * 20000
+    assert work(40000, objective="layer") == work(20000, objective="layer")
+
+
+def test_a_token_goes_through_some_experts():
+    """More of them have more outputs that the model feels, and no more inputs at a time."""
+    few, many = (planned(tiny.mixtral(num_local_experts=count)) for count in (4, 64))
+
+    def rest(plan):
+        felt = sum(4 * layer.shape[0] ** 2 + 4 * 512 for layer in plan.layers)
+        return plan.peak_bytes - plan.model_bytes_before - felt
+
+    assert rest(many) == pytest.approx(rest(few), abs=1e5)
 
 
 def test_too_little_memory_is_said(monkeypatch):

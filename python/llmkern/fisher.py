@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmkern._pages import give_back
 from llmkern.blocks import Call, find_lists
 from llmkern.calibration import rows_that_count
 from llmkern.nn import dense_weight
@@ -35,6 +36,7 @@ from llmkern.streaming import held
 TOKENS = 512
 ROWS = 64  # of a distribution that labels are drawn from at a time
 SEED = 0  # of the labels
+ROOM = 1 << 18  # tokens' numbers in one piece of memory
 
 
 class Unknown(Exception):
@@ -53,13 +55,23 @@ class Sensitivity:
         self.outputs: dict[str, OutputHessian] = {}  # of those that a gradient came to
         self.tokens: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._calls: dict[str, list[Tensor]] = {}
+        self._room = torch.empty(0)
 
     def see(self, name: str, gradient: Tensor) -> None:
         """Add the gradient [..., N] by a layer's outputs in one call."""
         if name not in self.outputs:
             self.outputs[name] = OutputHessian(self.sizes[name], gradient.device)
         self.outputs[name].add(gradient)
-        self._calls.setdefault(name, []).append(gradient.float().square().sum(-1))
+        self._calls.setdefault(name, []).append(self._together(gradient.float().square().sum(-1)))
+
+    def _together(self, values: Tensor) -> Tensor:
+        """A copy, next to those of other layers: scattered over the memory that a block's activations come from, they
+        kept it from being used again by the next block, and the process grew by tens of MB per sequence.
+        """
+        if len(self._room) < values.numel() or self._room.device != values.device:
+            self._room = values.new_empty(max(ROOM, values.numel()))
+        own, self._room = self._room[: values.numel()], self._room[values.numel() :]
+        return own.view(values.shape).copy_(values)
 
     def end_call(self) -> dict[str, Tensor]:
         """|g|² of the tokens of each layer that was called once since the last time."""
@@ -114,6 +126,8 @@ def gather(model: nn.Module, layers: Mapping[str, nn.Module], batches: Mapping[i
             for call in _pieces(batch):
                 try:
                     output = model(*call.args, **call.kwargs)
+                    # What the blocks freed lies between what they keep, too small for what comes now.
+                    give_back()
                     target, gradient = _drawn(output, rows_that_count(model, call), draw)
                     target.backward(gradient)
                 except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -121,6 +135,7 @@ def gather(model: nn.Module, layers: Mapping[str, nn.Module], batches: Mapping[i
                 del output, target, gradient
                 parts.append(found.end_call())
             found.end_batch(parts)
+    give_back()
 
 
 def _drawn(output: Any, rows: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from llmkern import _memory, blocks, experts
 from llmkern._dense import product
 from llmkern.calibration import BATCH
-from llmkern.fisher import TOKENS
+from llmkern.fisher import ROWS, TOKENS
 from llmkern.nn import dense_weight, is_linear
 from llmkern.packed_size import packed_size
 from llmkern.patching import choose, tied
@@ -21,18 +21,20 @@ from llmkern.report import Skipped, model_bytes
 from llmkern.solvers.output import PART
 from llmkern.solvers.polish import DESCENT, SCALE_STEPS
 from llmkern.solvers.sparsegpt import REFIT_STEPS
+from llmkern.stages import kind_of
 
 # [K, K] matrices that a method has at a time, and passes over the [N, K] weight as products with one of them.
 MATRICES = {"rtn": 1, "magnitude": 1, "pack": 1, "wanda": 1, "gptq": 3, "sparsegpt": 7}
 PRODUCTS = {"rtn": 1, "magnitude": 1, "pack": 0, "wanda": 2, "gptq": 4, "sparsegpt": 8 + 2 * REFIT_STEPS + 48}
 WEIGHT_COPIES = 10  # fp32 [N, K] that a solver has at a time: weight, differences, mask, clip search
-FORWARD_COPIES = 4  # of a batch's widest activation
+FORWARD_COPIES = 4  # of a batch's widest activation, and one more where the Hessian weights its tokens
 # What calibration reaches of the rate of a large product, on SmolLM2 (small matrices, norms, attention, packing).
 EFFICIENCY = 0.2
 # Products with both matrices of coupled rows: two refits of scales, and passes over the codes.
 POLISH = 2 * (SCALE_STEPS + 3) + 3 * DESCENT
 FORWARDS = 2.5  # passes over a block: its stages together about one and a half, and one that feeds the next block
-RUNTIME = 150_000_000  # bytes: libraries' own buffers, and memory that is free but not given back
+# Bytes: libraries' own buffers, and memory that is free but not given back; 60 to 155 MB on SmolLM2.
+RUNTIME = 110_000_000
 
 
 @dataclass
@@ -45,6 +47,25 @@ class Layer:
     format: str | None
     bytes_before: int
     bytes_after: int | None
+
+
+@dataclass
+class _Work:
+    """Bytes beyond the weights.
+
+    first: of the pass over the dense model that gathers gradients. felt: what is kept of them until a layer's turn
+    comes (in `first` already). blocks: beside that, while one block after the other is compressed. hidden: of `blocks`,
+    the hidden states between them.
+    """
+
+    first: int = 0
+    felt: int = 0
+    blocks: int = 0
+    hidden: int = 0
+
+    def peak(self, weights: int, packed: int = 0) -> int:
+        """With these weights, and packed layers that take the place of what is felt as they come."""
+        return weights + max(self.first, max(self.felt, packed) + self.blocks)
 
 
 @dataclass
@@ -102,9 +123,9 @@ def _plan(model: nn.Module, recipe: Recipe, samples: int, seqlen: int, before: i
     dense = sum(layer.bytes_before for layer in layers if layer.name not in stay)
     packed = None if any(layer.bytes_after is None for layer in layers) else sum(x.bytes_after or 0 for x in layers)
     tokens = samples * seqlen if any(wanted.needs_calibration for wanted in chosen.values()) else 0
-    work, hidden = _work(model, chosen, linears, samples, seqlen) if recipe.method != "cast" else (0, 0)
+    work = _work(model, chosen, linears, samples, seqlen) if recipe.method != "cast" else _Work()
     inside = _block_bytes(model)
-    streamed = before - sum(inside) + (dense if packed is None else packed) + max(inside, default=0) + work
+    outside = before - sum(inside) + max(inside, default=0)
     after = None if packed is None else before - dense + packed
     if recipe.method == "cast":
         after, file_bytes, dense = _cast_bytes(model, recipe), _cast_bytes(model, recipe), before
@@ -114,9 +135,11 @@ def _plan(model: nn.Module, recipe: Recipe, samples: int, seqlen: int, before: i
         skipped=skipped,
         model_bytes_before=before,
         model_bytes_after=after,
-        peak_bytes=before + work + (after or 0 if recipe.method == "cast" else 0),
-        peak_bytes_streamed=streamed if inside and recipe.method != "cast" else None,
-        activation_bytes=hidden,
+        peak_bytes=work.peak(before) + (after or 0 if recipe.method == "cast" else 0),
+        peak_bytes_streamed=(
+            work.peak(outside, dense if packed is None else packed) if inside and recipe.method != "cast" else None
+        ),
+        activation_bytes=work.hidden,
         disk_bytes=before - dense + file_bytes,
         seconds=_operations(chosen, linears, tokens) / (rate * EFFICIENCY),
         available_bytes=_memory.available(),
@@ -139,43 +162,83 @@ def measured_rate() -> float:
 
 def _work(
     model: nn.Module, chosen: dict[str, Recipe], linears: dict[str, nn.Module], samples: int, seqlen: int
-) -> tuple[int, int]:
-    """Bytes beyond the weights at the peak, and those among them that hidden states between blocks take."""
+) -> _Work:
+    """For calibration on `samples` sequences."""
     shapes = {name: dense_weight(linears[name]) for name in chosen}
     solver = max(4 * WEIGHT_COPIES * weight.numel() for weight in shapes.values())
     solver += max(4 * MATRICES[chosen[name].method] * weight.shape[1] ** 2 for name, weight in shapes.items())
     if not any(wanted.needs_calibration for wanted in chosen.values()):
-        return solver + RUNTIME, 0
+        return _Work(blocks=solver + RUNTIME)
     item = next(iter(shapes.values())).element_size()
     inside = [weight for name, weight in shapes.items() if any(name.startswith(p + ".") for p, _ in _blocks(model))]
     width = min((min(weight.shape[1], weight.shape[0]) for weight in inside), default=0)
     width = getattr(getattr(model, "config", None), "hidden_size", None) or width
     hidden = samples * seqlen * width * item
     widest = max(max(weight.shape) for weight in shapes.values())
-    forward = min(BATCH, samples) * seqlen * widest * item * FORWARD_COPIES
-    rows = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
-    logits = 2 * seqlen * rows * item  # of the one sequence that shows how the model is wired
-    felt = [weight.shape[0] for name, weight in shapes.items() if chosen[name].by_model]
+    corrected = {name: weight for name, weight in shapes.items() if chosen[name].correction}
+    if corrected:
+        hidden *= 2  # the dense model's beside the compressed one's
+        solver += _correction(corrected, [prefix for prefix, _ in _blocks(model)])
+    felt = {name: weight.shape for name, weight in shapes.items() if chosen[name].by_model}
+    forward = min(BATCH, samples) * seqlen * widest * item * (FORWARD_COPIES + bool(felt))
+    work = _Work(blocks=hidden + forward + solver + RUNTIME, hidden=hidden)
     if felt:
-        logits = 2 * max(seqlen, min(TOKENS, samples * seqlen)) * rows * 4  # with their gradient
-    outputs = sum(4 * n * min(n, PART) for n in felt)
-    return hidden + forward + solver + logits + outputs + RUNTIME, hidden
+        outputs = sum(4 * (n // PART * PART**2 + (n % PART) ** 2) for n, _ in felt.values())
+        work.felt = outputs + 4 * samples * seqlen * len(felt)
+        work.first = work.felt + _gradients(model, max(seqlen, min(TOKENS, samples * seqlen)), width, item)
+    return work
+
+
+def _correction(weights: dict[str, torch.Tensor], prefixes: list[str]) -> int:
+    """Bytes of correcting these layers: a block's dense weights, what differs in an input, a factor, and the new weight
+    in the making.
+    """
+    inside = [sum(w.nbytes for name, w in weights.items() if name.startswith(f"{block}.")) for block in prefixes]
+    matrices = max(8 * weight.shape[1] ** 2 for weight in weights.values())
+    return max(inside, default=0) + matrices + max(12 * weight.numel() for weight in weights.values())
+
+
+def _gradients(model: nn.Module, tokens: int, width: int, item: int) -> int:
+    """Bytes that one forward and backward pass takes, which keeps the inputs of blocks alone."""
+    rows = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
+    logits = tokens * rows * (8 if item == 4 else item + 8)  # with their gradient, in the making fp32 on both sides
+    drawn = 2 * 4 * ROWS * rows  # sums of a part of the distribution, and of the part before
+    inputs = tokens * width * item * len(_blocks(model))
+    # A block's values and their gradients.
+    routed = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    again = max((_numbers(block, routed) for _, block in _blocks(model)), default=0)
+    return logits + inputs + max(drawn, 2 * tokens * again * item) + RUNTIME
+
+
+def _numbers(block: nn.Module, routed: int | None) -> int:
+    """What goes into and out of a block's layers per token, which `routed` experts see."""
+    kinds: dict[str, list[int]] = {}
+    for name, module in block.named_modules():
+        if is_linear(module):
+            kinds.setdefault(kind_of(name), []).append(sum(dense_weight(module).shape))
+    return sum(sum(sizes[:routed]) for sizes in kinds.values())
 
 
 def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens: int) -> float:
     """Multiplications. Layers of one parent and one K are taken to share their input, as q, k and v do."""
     inputs: dict[tuple[str, int], set[str]] = {}
+    corrected: set[tuple[str, int]] = set()
     count = 0.0
     for name, wanted in chosen.items():
         n, k = dense_weight(linears[name]).shape
         inputs.setdefault((name.rpartition(".")[0], k), set()).add(wanted.method)
         count += PRODUCTS.get(wanted.method, 1) * n * k * k / 2 * bool(tokens) + 100 * n * k
         count += FORWARDS * tokens * n * k
+        if wanted.correction and tokens:
+            corrected.add((name.rpartition(".")[0], k))
+            count += FORWARDS * tokens * n * k + 2 * n * k * k
         if wanted.by_model:  # forward, once more in the backward pass, and back
             count += tokens * n * (3 * k + min(n, PART) / 2)
             if wanted.bits:  # in products as large as they get
                 count += EFFICIENCY * POLISH * n * k * (k + min(n, PART))
-    for (_, k), methods in inputs.items():
+    for (parent, k), methods in inputs.items():
+        if (parent, k) in corrected:
+            count += tokens * k * k + k**3 / 3
         eigen = 10 if "sparsegpt" in methods else 0
         count += tokens * k * k / 2 + (len(methods) + eigen) * k**3 / 3 * bool(tokens)
     return count

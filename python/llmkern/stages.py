@@ -21,9 +21,9 @@ def stages(layers: Sequence[str], groups: Sequence[Sequence[str]], routed: Conta
     (rarely hit experts in a list), layers that differ only in a number are taken together wherever they are. If
     even that does not do, all are one stage.
     """
-    found = _merged(layers, groups, lambda name: _kind(name) if name in routed else name)
+    found = _merged(layers, groups, lambda name: kind_of(name) if name in routed else name)
     if not _fits(found, layers):
-        found = _merged(layers, groups, _kind)
+        found = _merged(layers, groups, kind_of)
     return found if _fits(found, layers) else [list(layers)]
 
 
@@ -63,7 +63,7 @@ def parts(sizes: Mapping[str, int], blocks: Mapping[str, str], least: int) -> li
     return found
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The name with its numbers left out, but the last part: `experts.*.w1`, while `mlp.0` and `mlp.2` differ."""
     return re.sub(r"\d+(?=\.)", "*", name)
 
