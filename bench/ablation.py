@@ -2,7 +2,7 @@
 
 From the published algorithm to the default, one step at a time. `tokens` weights the tokens of the layers' Hessians by
 what the model's output feels, `outputs` couples the rows; "model" is both. What follows the columns there, scales and
-codes in turn, is shown apart.
+codes in turn, is shown apart, and so is what a layer makes up for of the errors in its input.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from llmkern.evaluate import perplexity
 from llmkern.fisher import Sensitivity
 
 EVERYTHING = "tokens, outputs, scales, codes"
+INPUTS = EVERYTHING + ", inputs"
 PUBLISHED = {"act_order": "dynamic", "clip": None}
 # (what it is, fields of the recipe, the parts of what "model" does that are used)
 STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
@@ -31,25 +32,37 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("static groups in activation order", {"clip": None, "objective": "layer"}, ""),
         ("clip by squared error", {"clip": "mse", "objective": "layer"}, ""),
         ("clip weighted by diag(V)²", {"objective": "layer"}, ""),
+        ("clip weighted by diag(V)², inputs corrected", {"objective": "layer"}, "inputs"),
         ("tokens", {}, "tokens"),
         ("outputs", {}, "outputs"),
         ("model", {}, "tokens and outputs"),
         ("model, scales refit", {}, "tokens, outputs, scales"),
         ("model, scales and codes in turn", {}, EVERYTHING),
+        ("model, inputs corrected", {}, INPUTS),
     ],
-    "gptq-int4": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, EVERYTHING)],
-    "gptq-int4-g64": [("clip weighted by diag(V)²", {"objective": "layer"}, ""), ("model", {}, EVERYTHING)],
+    "gptq-int4": [
+        ("clip weighted by diag(V)²", {"objective": "layer"}, ""),
+        ("model", {}, EVERYTHING),
+        ("model, inputs corrected", {}, INPUTS),
+    ],
+    "gptq-int4-g64": [
+        ("clip weighted by diag(V)²", {"objective": "layer"}, ""),
+        ("model", {}, EVERYTHING),
+        ("model, inputs corrected", {}, INPUTS),
+    ],
     "sparsegpt-2:4": [
         ("published", {"refit": False}, ""),
         ("mask by ADMM, refit", {"objective": "layer"}, ""),
         ("tokens", {}, "tokens"),
         ("outputs", {}, "outputs"),
         ("model", {}, "tokens and outputs"),
+        ("model, inputs corrected", {}, "tokens, outputs, inputs"),
     ],
     "sparsegpt-0.5": [
         ("published", {"refit": False}, ""),
         ("mask by ADMM, refit", {"objective": "layer"}, ""),
         ("model", {}, "tokens and outputs"),
+        ("model, inputs corrected", {}, "tokens, outputs, inputs"),
     ],
 }
 
@@ -65,10 +78,11 @@ def only(parts: str) -> Iterator[None]:
         yield
 
 
-def after_columns(recipe: str, parts: str) -> dict[str, int]:
-    """Fields of a recipe that leave out what follows the columns, but for these parts."""
-    wanted = {"descent": "codes", "scale_refit": "scales"}
-    return {field: 0 for field, part in wanted.items() if part not in parts and llmkern.Recipe.parse(recipe).bits}
+def left_out(recipe: str, parts: str) -> dict[str, int]:
+    """Fields of a recipe that leave out the steps of a default one that are not among these parts."""
+    known = llmkern.Recipe.parse(recipe)
+    steps = {"input_correction": "inputs"} | ({"descent": "codes", "scale_refit": "scales"} if known.bits else {})
+    return {field: 0 for field, part in steps.items() if part not in parts}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             model, start = copy.deepcopy(dense), time.perf_counter()
             with only(parts):
-                recipe = llmkern.Recipe.parse(name, **after_columns(name, parts), **fields)
+                recipe = llmkern.Recipe.parse(name, **left_out(name, parts), **fields)
                 llmkern.compress(model, recipe, calibration, progress=False)
             seconds, value = time.perf_counter() - start, perplexity(model, evaluation).value
             row = {"recipe": name, "step": step, "perplexity": round(value, 3), "compress_seconds": round(seconds, 1)}

@@ -23,16 +23,17 @@ from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, linears
 from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
+from llmkern.casting import cast
 from llmkern.dense_twin import DenseTwin
 from llmkern.distributed import Group, team
 from llmkern.experts import Experts
 from llmkern.fingerprint import fingerprint
 from llmkern.fisher import Sensitivity, Unknown, gather
 from llmkern.listed_experts import ListedExperts
-from llmkern.nn import PackedLinear, dense_weight, is_conv1d, is_linear
+from llmkern.nn import dense_weight, is_conv1d
 from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
 from llmkern.recipe import Recipe
-from llmkern.report import Report, Row, model_bytes
+from llmkern.report import Report, model_bytes
 from llmkern.shared_inputs import DenseRun, SharedInputs
 from llmkern.solved import Solved, decode
 from llmkern.stages import parts, split, stages
@@ -94,7 +95,7 @@ def compress(
     if recipe.method == "cast":
         if is_streamed(model):
             raise ValueError(f"compress: {recipe} changes the whole model, so it cannot be streamed; load it whole")
-        _cast(model, recipe, report)
+        cast(model, recipe, report)
         if state_dir is not None:
             report.notes.append(f"{recipe} is done at once: state_dir was not used")
     else:
@@ -508,27 +509,3 @@ class _Run:
             raise type(error)(f"{error} ({done}{advice})") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.state.advice) from None
-
-
-def _cast(model: nn.Module, recipe: Recipe, report: Report) -> None:
-    """The whole model to another float dtype; a weight beyond its range is an error."""
-    dtype = getattr(torch, str(recipe.dtype))
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("compress: the model holds packed layers already; a cast would not reach them")
-    with experts.unfused(model):
-        layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-    for name, layer in layers.items():
-        weight = dense_weight(layer)
-        cast = weight.to(dtype)
-        if not torch.isfinite(cast).all():
-            raise ValueError(f"compress: layer {name}: a weight is not finite in {recipe.dtype}")
-        error = (weight.float() - cast.float()).square().sum() / weight.float().square().sum().clamp(min=1e-30)
-        n, k = weight.shape
-        report.rows.append(Row(name, (n, k), str(recipe), "torch", float(error), 0.0, weight.nbytes, cast.nbytes))
-    # What no file holds (rotary frequencies) stays as the model computes it, as when a checkpoint of that dtype loads.
-    computed = [
-        (module, key, module._buffers[key]) for module in model.modules() for key in module._non_persistent_buffers_set
-    ]
-    model.to(dtype)
-    for module, key, buffer in computed:
-        module._buffers[key] = buffer
