@@ -85,9 +85,10 @@ def test_the_result_is_the_same(kind, monkeypatch):
     for budget in (None, 60_000, 0):
         models.append(tiny.MODELS[kind]())
         llmkern.compress(models[-1], "gptq-int4-g32", calibration, progress=False, activation_budget=budget)
-    counts = [sum(store.spilled for store in stores if store.budget == budget) for budget in (60_000, 0)]
+    # The compressed and the dense model's hidden states have half of it each.
+    counts = [sum(store.spilled for store in stores if store.budget == budget) for budget in (30_000, 0)]
     assert 0 < counts[0] < counts[1]
-    assert all(not store.spilled for store in stores if store.budget not in (0, 60_000))
+    assert all(not store.spilled for store in stores if store.budget not in (0, 30_000))
     for other in models[1:]:
         for (name, one), two in zip(models[0].state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(one, two), name

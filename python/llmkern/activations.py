@@ -32,15 +32,17 @@ class Spilled(NamedTuple):
 class Store:
     """One tensor per batch. Those beyond `budget` bytes are in one temporary file, and come back bit for bit.
 
-    budget: bytes in memory, a quarter of what is available where the first tensor is if None. `put` replaces the
-    tensor of a batch, so a block's outputs can take the place of its inputs one by one. The file has no name where
-    the system allows that, and is gone when the store is closed or the process ends, however it ends.
+    budget: bytes in memory, a quarter of what is available where the first tensor is if None; as many `stores` as there
+    are share it alike. `put` replaces the tensor of a batch, so a block's outputs can take the place of its inputs one
+    by one. The file has no name where the system allows that, and is gone when the store is closed or the process ends,
+    however it ends.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
+    def __init__(self, budget: int | None = None, stores: int = 1) -> None:
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
             raise ValueError(f"compress: activation_budget must be None or bytes >= 0, got {budget!r}")
-        self.budget = budget
+        self.stores = stores
+        self.budget = budget if budget is None else budget // stores
         self.spilled = 0  # tensors that were written to the file
         self._held: dict[int, Tensor] = {}
         self._places: dict[int, Spilled] = {}
@@ -73,7 +75,7 @@ class Store:
             return
         if self.budget is None:
             free = _memory.available(tensor.device)
-            self.budget = sys.maxsize if free is None else free // SHARE
+            self.budget = sys.maxsize if free is None else free // SHARE // self.stores
         if self._bytes + tensor.nbytes <= self.budget:
             # A part of a larger tensor would keep the whole of it.
             self._held[at] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

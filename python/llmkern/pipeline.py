@@ -46,7 +46,7 @@ PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
 NO_SENSITIVITY = "measured by the layer's own error: what the model's output feels of it is not known"
-NO_SHIFT = "not corrected: which inputs the dense model gives it for the same tokens is not known"
+NO_SHIFT = "does not make up for errors of its input: the dense model's cannot be told token by token"
 NO_NOTES: Mapping[str, str] = MappingProxyType({})
 REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
 # Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
@@ -240,9 +240,8 @@ class _Run:
         # What the finished blocks hand on is computed again from here: before it no block's output is another's input.
         first = max(k for k in range(durable + 1) if not chain.follows[k])
         corrects = any(self.chosen[name].correction for found in names for name in found)
-        # Half of what may stay in memory each.
-        budget = self.activation_budget // 2 if corrects and self.activation_budget else self.activation_budget
-        with Store(budget) as hidden, Store(budget) as beside:
+        stores = 2 if corrects else 1
+        with Store(self.activation_budget, stores) as hidden, Store(self.activation_budget, stores) as beside:
             twin = DenseTwin(beside) if corrects else None
             frames = self._enter(chain, kinds, hidden, twin)
             for k in range(last + 1):
@@ -412,14 +411,14 @@ class _Run:
                     )
                 if needs_data and recipe.by_model and output is None:
                     row.notes = (*row.notes, NO_SENSITIVITY)
-                if needs_data and recipe.correction and group.shift is None:
-                    row.notes = (*row.notes, NO_SHIFT)
                 if needs_data and row.tokens < packed.in_features:
                     row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")
                 if name in self.unmasked:
                     row.notes = (*row.notes, UNMASKED)
                 if name in notes:
                     row.notes = (*row.notes, notes[name])
+                if needs_data and recipe.correction and group.shift is None:
+                    row.notes = (*row.notes, NO_SHIFT)
                 solved[name] = Solved(packed, row, solution.weight if runs_on else None)
             return solved
 
