@@ -9,7 +9,9 @@ from torch import nn
 import llmkern
 from llmkern import patching, pipeline, streaming
 from llmkern.nn import dense_weight, is_linear
-from llmkern.solvers import Hessian, InputShift, corrected, rtn
+from llmkern.shared_inputs import DenseRun, SharedInputs
+from llmkern.solve import solve
+from llmkern.solvers import Hessian, InputShift, corrected, gptq, rtn
 
 RECIPE = llmkern.Recipe.parse("gptq-int3-g16", objective="layer", input_correction=1)
 
@@ -136,6 +138,21 @@ def test_what_is_outside_of_the_blocks_or_routed_says_so():
         assert (pipeline.NO_SHIFT in row.notes) == ("experts" in row.name), row.name
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tokens_count_as_they_do_in_the_hessian(weighted):
+    layer, x, dense = nn.Linear(8, 4), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    shared, weight = SharedInputs({"layer": layer}, shifts=True), torch.rand(2, 5) if weighted else torch.ones(2, 5)
+    shared.weights = {"layer": weight} if weighted else {}
+    shared.rows = torch.tensor([[True] * 5, [True, False, True, False, False]])
+    for _ in range(2):
+        shared.forward(lambda: layer(x), DenseRun(lambda: layer(dense), 10))
+    kept = weight * shared.rows
+    wanted = 2 * torch.einsum("bt,bti,btj->ij", kept, dense - x, x)
+    torch.testing.assert_close(shared.shift("layer").sum, wanted)
+    torch.testing.assert_close(shared.hessian("layer").raw(), 2 * torch.einsum("bt,bti,btj->ij", kept, x, x))
+    assert shared.shift("layer").tokens == shared.hessian("layer").tokens == 14
+
+
 class Sometimes(nn.Module):
     """A layer that takes all tokens, or half of them."""
 
@@ -185,6 +202,15 @@ def test_the_compressed_model_stays_nearer_to_the_dense_one():
         compress(model, llmkern.Recipe.parse(RECIPE, input_correction=strength), ids)
         errors.append((tiny.output("llama", model, ids) - wanted).norm())
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("strength", [None, 0, 0.9])
+def test_a_layer_is_corrected_as_far_as_its_recipe_says(strength):
+    x, w = torch.randn(200, 32), torch.randn(16, 32)
+    hessian, shift = collected(x, x + 0.3 * torch.randn_like(x))
+    recipe = llmkern.Recipe.parse("gptq-int4-g16", input_correction=strength)
+    wanted = gptq(corrected(w, hessian, shift, 0.5 if strength is None else strength), hessian, group_size=16)
+    assert torch.equal(solve(w, hessian, recipe, shift=shift).weight, wanted.weight)
 
 
 @pytest.mark.parametrize("recipe", ["sparsegpt-2:4", "sparsegpt-2:4-int4-g16", "gptq-int4"])

@@ -164,7 +164,7 @@ class SharedInputs:
         """
         waiting: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         for name, x, weight in inputs:
-            if x.shape[:-1].numel() == dense.tokens and self.layers[name] not in self.routed | self._replayed.keys():
+            if x.shape[:-1].numel() == dense.tokens:
                 waiting.setdefault(name, []).append((x, weight))
 
         def hook(name: str) -> Callable[..., None]:
