@@ -1,8 +1,8 @@
 """Peak memory of `compress` on SmolLM2 (fp32, a folder of several files), whole and streamed, in fresh processes.
 
 `peak_mb` is the most resident memory (VmHWM) from before the model is opened until it is saved, less what the process
-had then with its libraries imported (`imports_mb`). Resident pages of mapped files count. Memory does not depend on how
-busy the machine is; the seconds do.
+had then with its libraries imported (`imports_mb`), and `planned_mb` what `llmkern plan` expects of it. Resident pages
+of mapped files count. Memory does not depend on how busy the machine is; the seconds do.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.results import write
 from llmkern.models import load_model
+from llmkern.planning import plan
 from llmkern.report import model_bytes
 
 RECIPES = ("gptq-int4-g64", "sparsegpt-2:4-int4-g64")
@@ -79,19 +80,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         dense = model_bytes(model)
         model.save_pretrained(folder, max_shard_size=SHARD)
         tokenizer.save_pretrained(folder)
+        plans = {r: plan(model, r, samples=args.samples, seqlen=512) for r in args.recipes or RECIPES}
         del model
-        for recipe in args.recipes or RECIPES:
+        for recipe, planned in plans.items():
+            expected = {"whole": planned.peak_bytes, "streamed": planned.peak_bytes_streamed or 0}
             for mode, goal in GOALS.items():
                 found = measure(folder, recipe, mode, args.samples, Path(temporary) / "out")
                 row = {
                     "recipe": recipe, "mode": mode, "dense_mb": round(dense / 1e6),
                     **{f"{key}_mb": round(found[key] / 1e6) for key in ("imports", "opened", "compressed", "peak")},
+                    "planned_mb": round(expected[mode] / 1e6),
                     "limit_mb": round(dense / 1e6) + goal, "met": found["peak"] <= dense + goal * 1e6,
                     "seconds": round(found["seconds"], 1), "mean_loss": found["loss"],
                 }  # fmt: skip
                 rows.append(row)
-                print(f"{recipe:24}{mode:10}{row['peak_mb']:6} MB, limit {row['limit_mb']}", file=sys.stderr)
-    write("memory", {"samples": args.samples, "rows": rows})
+                write("memory", {"samples": args.samples, "rows": rows})  # each row takes minutes
+                text = f"{recipe:24}{mode:10}{row['peak_mb']:6} MB, limit {row['limit_mb']}"
+                print(f"{text}, planned {row['planned_mb']}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
