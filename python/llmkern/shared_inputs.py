@@ -190,20 +190,17 @@ class SharedInputs:
     def _add_shift(self, name: str, reference: Tensor, x: Tensor, weight: Tensor | None) -> None:
         if name not in self._shifts:
             self._shifts[name] = InputShift(x.shape[-1], x.device)
-        tokens = [self._counted(name, _scaled(part, weight)).reshape(-1, x.shape[-1]) for part in (reference, x)]
+        dense, own = (self._counted(name, part).reshape(-1, x.shape[-1]) for part in (reference, x))
+        if weight is not None:
+            weight = self._counted(name, weight.to(x.device)).reshape(-1, 1)
         try:
-            self._shifts[name].add(*tokens)
+            self._shifts[name].add(dense, own, weight)
         except ValueError as error:
             raise ValueError(f"the input of layer {name}: {error}") from None
 
     def _add(self, name: str, x: Tensor, weight: Tensor | None) -> None:
-        tokens = self._counted(name, _scaled(x, weight))
+        tokens = self._counted(name, x if weight is None else x * weight.to(x.device).sqrt())
         try:
             self._hessians[name].add(tokens)
         except ValueError as error:
             raise ValueError(f"the input of layer {name}: {error}") from None
-
-
-def _scaled(x: Tensor, weight: Tensor | None) -> Tensor:
-    """x [..., K] so that each token's square counts as much as weight [..., 1] says; None is all alike."""
-    return x if weight is None else x * weight.to(x.device).sqrt()

@@ -20,7 +20,9 @@ from llmkern import _large
 from llmkern._dense import product
 from llmkern.solvers.hessian import Hessian
 
-COLUMNS = 1024  # of a product of `add`: what it adds is made anew, and added, at a time
+# Of a product of `add`: what it adds is made anew, and added, at a time. Copies of all tokens would be a large part of
+# what a calibration takes.
+COLUMNS, TOKENS = 1024, 1024
 RIDGE = 2.0  # λ over the mean of diag(H), times tokens per feature
 
 
@@ -32,17 +34,25 @@ class InputShift:
         self.tokens = 0
         self.sum = _large.zeros(k, device)
 
-    def add(self, dense: Tensor, x: Tensor) -> None:
+    def add(self, dense: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
         """Add tokens: x [T, K] of the compressed model, and the same of the dense one, any float dtype.
 
-        ValueError for a NaN or infinity.
+        weight: fp32 [T, 1], how often each token counts; None is once. ValueError for a NaN or infinity.
         """
-        moved, x = (dense.float() - x.float()).T.contiguous(), x.float()
-        if not torch.isfinite(moved).all():
-            raise ValueError("InputShift.add: the dense model's input has non-finite values, or differs by infinity")
-        for start in range(0, self.k, COLUMNS):
-            rows = slice(start, start + COLUMNS)
-            self.sum[rows] += product(moved[rows], x)
+        for start in range(0, len(x), TOKENS):
+            rows = slice(start, start + TOKENS)
+            part = x[rows].float()
+            moved = dense[rows].float() - part
+            if weight is not None:
+                moved *= weight[rows]
+            if not torch.isfinite(moved).all():
+                raise ValueError(
+                    "InputShift.add: the dense model's input has non-finite values, or differs by infinity"
+                )
+            moved = moved.T.contiguous()
+            for column in range(0, self.k, COLUMNS):
+                columns = slice(column, column + COLUMNS)
+                self.sum[columns] += product(moved[columns], part)
         self.tokens += len(x)
 
 
