@@ -35,14 +35,18 @@ class DenseTwin:
         self._device = torch.device("cpu")
 
     @contextmanager
-    def inside(self, prefix: str, block: nn.Module, layers: Mapping[str, nn.Module], calls: Calls) -> Iterator[None]:
-        """Before any of the layers, by their full names, of this block is compressed; `calls` on the dense states."""
+    def inside(
+        self, prefix: str, block: nn.Module, layers: Mapping[str, nn.Module], calls: Calls, device: torch.device
+    ) -> Iterator[None]:
+        """Before any of the layers, by their full names, of this block is compressed; `calls` on the dense states.
+
+        device: where the block will be when it runs.
+        """
         self._weights = {
-            f"{name[len(prefix) + 1 :]}.weight": layer.weight.detach().clone()  # type: ignore[operator]
+            f"{name[len(prefix) + 1 :]}.weight": layer.weight.detach().to(device, copy=True)  # type: ignore[operator]
             for name, layer in layers.items()
         }
-        self._block, self._calls = block, calls
-        self._device = next((parameter.device for parameter in block.parameters()), self._device)
+        self._block, self._calls, self._device = block, calls, device
         try:
             yield
         finally:

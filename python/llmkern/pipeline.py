@@ -256,8 +256,8 @@ class _Run:
                 layers = {name: self.model.get_submodule(name) for name in names[k]}
                 with self._held(chain.blocks[k]), ExitStack() as beside_it:
                     if twin is not None:
-                        calls = Calls(chain, own, twin.hidden)
-                        beside_it.enter_context(twin.inside(chain.names[k], chain.blocks[k], layers, calls))
+                        calls, device = Calls(chain, own, twin.hidden), self.device or _home(chain.blocks[k])
+                        beside_it.enter_context(twin.inside(chain.names[k], chain.blocks[k], layers, calls, device))
                     self._block(chain.names[k], chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next, twin)
         return {name for found in names for name in found}
 
@@ -299,7 +299,7 @@ class _Run:
         twin: DenseTwin | None,
     ) -> None:  # fmt: skip
         """Compress one block on these calls; with `feeds_next`, what it hands on takes the place of its inputs."""
-        home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
+        home = _home(block)
         device = self.device or home
         block.to(device)
         if part in self.done:
@@ -508,3 +508,7 @@ class _Run:
             raise type(error)(f"{error} ({done}{advice})") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.state.advice) from None
+
+
+def _home(block: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
