@@ -33,6 +33,7 @@ STEPS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
         ("clip by squared error", {"clip": "mse", "objective": "layer"}, ""),
         ("clip weighted by diag(V)²", {"objective": "layer"}, ""),
         ("clip weighted by diag(V)², inputs corrected", {"objective": "layer"}, "inputs"),
+        ("clip weighted by diag(V)², inputs corrected whole", {"objective": "layer", "input_correction": 1}, "inputs"),
         ("tokens", {}, "tokens"),
         ("outputs", {}, "outputs"),
         ("model", {}, "tokens and outputs"),
