@@ -49,6 +49,12 @@ def together(root, name, size, work, timeout=TIMEOUT):
     return outcomes
 
 
+def values(outcomes):
+    """What each rank returned, all of which must have ended well."""
+    assert [rank["code"] for rank in outcomes] == [0] * len(outcomes)
+    return [rank["value"] for rank in outcomes]
+
+
 def compress(model, recipe, calibration, **fields):
     """What a run gave, as plain values: the report's rows, a digest of the model, and the layers solved here."""
     solve, solved = pipeline.solve_and_keep, []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import values
 from scripts import said_by
 
 from llmkern.distributed import share_out
@@ -22,11 +23,6 @@ def folder(tmp_path_factory):
 def runs(folder):
     """Scenario -> what each rank said; see ranks.py."""
     return said_by("ranks.py", folder)
-
-
-def values(run):
-    assert [rank["code"] for rank in run] == [0] * len(run)
-    return [rank["value"] for rank in run]
 
 
 def assert_nearly_one_run(ranks, one):

@@ -70,9 +70,10 @@ def test_features_that_are_dead_stay_out():
 
 
 def test_wrong_inputs_are_refused():
-    shift = InputShift(8)
-    with pytest.raises(ValueError, match="non-finite"):
-        shift.add(torch.full((2, 8), torch.nan), torch.ones(2, 8))
+    shift, x = InputShift(8), torch.randn(20, 8)
+    shift.add(torch.full((20, 8), torch.nan), x)
+    with pytest.raises(ValueError, match="the dense model's input has non-finite values"):
+        corrected(torch.randn(3, 8), Hessian(8).add(x), shift)
     hessian = Hessian(4).add(torch.randn(9, 4))
     with pytest.raises(ValueError, match=r"\[N, K\]=\[3, 4\], the Hessian of K=4, the shift of K=8"):
         corrected(torch.randn(3, 4), hessian, shift)

@@ -2,6 +2,7 @@
 
 import pytest
 import streamed_ranks
+from ranks import values
 from scripts import said_by
 
 pytest.importorskip("transformers")
@@ -19,11 +20,6 @@ def folder(tmp_path_factory):
 def runs(folder):
     """Scenario -> what each rank said; see streamed_ranks.py."""
     return said_by("streamed_ranks.py", folder)
-
-
-def values(run):
-    assert [rank["code"] for rank in run] == [0] * len(run)
-    return [rank["value"] for rank in run]
 
 
 def assert_same(first, second):

@@ -83,6 +83,11 @@ def find_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return found
 
 
+def named(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every repeated block of the model by its name, in the order of their lists."""
+    return [(f"{prefix}.{at}", block) for prefix, found in find_lists(model) for at, block in enumerate(found)]
+
+
 def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[str]]:
     """Run the whole model once by `run()`; return its chains in the order they ran, and the blocks that are no chain.
 
@@ -91,7 +96,7 @@ def learn(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Chain], list[s
     """
     lists = find_lists(model)
     calls: dict[str, list[tuple[Call, Any]]] = {}
-    names = {block: f"{name}.{at}" for name, blocks in lists for at, block in enumerate(blocks)}
+    names = {block: name for name, block in named(model)}
 
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         calls.setdefault(names[block], []).append((Call(args, kwargs), output))

@@ -45,8 +45,13 @@ def calls_of(model: nn.Module, calibration: Any, caller: str = "compress") -> li
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         if rows and isinstance(ids, Tensor) and not ids.is_floating_point() and not 0 <= ids.min() <= ids.max() < rows:
             raise ValueError(f"{caller}: calibration token ids must be in [0, {rows}), got {ids.min()} to {ids.max()}")
-    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    home = device_of(model)
     return [move_call(call, home) for call in calls]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are; the CPU for one without."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def _as_call(batch: Any, caller: str) -> Call:

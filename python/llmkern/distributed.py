@@ -82,10 +82,7 @@ class Alone:
 
     def groups(self, shared: SharedInputs) -> list[Group]:
         """The layers by their input, those that never ran last, with the Hessians of all batches."""
-        return [
-            _group(names, shared.hessian(names[0]), MappingProxyType({}), shared.shift(names[0]))
-            for names in _by_leader(shared)
-        ]
+        return [_group(names, shared.hessian(names[0]), shared.shift(names[0])) for names in _by_leader(shared)]
 
     def add_up(self, found: Sensitivity) -> None:
         """What all ranks have gathered, on every rank."""
@@ -157,8 +154,8 @@ class Team(Alone):
             _group(
                 names,
                 self._reduced(shared.hessian(names[0]), names[0], owners),
-                owners,
                 self._reduced_shift(shared.shift(names[0]), names[0], owners) if shared.with_shifts else None,
+                owners,
             )
             for names, owners in zip(together.values(), self._owners(together.values()), strict=True)
         ]
@@ -330,7 +327,10 @@ def _by_leader(shared: SharedInputs) -> list[list[str]]:
     return [*found, *([name] for name in shared.tokens if name not in ran)]
 
 
-def _group(names: list[str], hessian: Hessian | None, owners: Mapping[str, int], shift: InputShift | None) -> Group:
+def _group(
+    names: list[str], hessian: Hessian | None, shift: InputShift | None,
+    owners: Mapping[str, int] = MappingProxyType({}),
+) -> Group:  # fmt: skip
     """A group whose shift, if any, is of all tokens."""
     known = hessian is not None and shift is not None and shift.tokens == hessian.tokens
     return Group(names, hessian, owners, shift if known else None)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmkern.calibration import device_of
+
 
 class Perplexity(NamedTuple):
     """`value` = exp(mean negative log-likelihood) over `tokens` predicted tokens."""
@@ -24,7 +26,7 @@ def perplexity(model: Any, windows: Tensor, *, batch: int = 4) -> Perplexity:
     One batch of logits [batch, L, V] is the most that is held; the sum is in fp64. Raises ValueError when the logits
     hold a NaN, because a perplexity of such a model means nothing.
     """
-    device = _device(model)
+    device = device_of(model)
     total, tokens = 0.0, 0
     for rows in windows.split(batch):
         ids = rows.to(device)
@@ -41,7 +43,7 @@ def perplexity(model: Any, windows: Tensor, *, batch: int = 4) -> Perplexity:
 @torch.inference_mode()
 def prefill_speed(model: Any, window: Tensor, *, repeats: int = 3) -> float:
     """Tokens per second of one forward over window [L], batch 1, with a fresh cache: the median of `repeats` runs."""
-    ids = window.to(_device(model)).unsqueeze(0)
+    ids = window.to(device_of(model)).unsqueeze(0)
     model(input_ids=ids, use_cache=True)
     return ids.numel() / statistics.median(_seconds(model, ids) for _ in range(repeats))
 
@@ -53,7 +55,7 @@ def decode_speed(model: Any, prompt: Tensor, *, tokens: int = 32) -> float:
     A plain loop of model forwards with the KV cache, one token each, from the median time of a token: neither
     `generate`'s own overhead nor an early end-of-text blurs the model's speed.
     """
-    output = model(input_ids=prompt.to(_device(model)).unsqueeze(0), use_cache=True)
+    output = model(input_ids=prompt.to(device_of(model)).unsqueeze(0), use_cache=True)
     times = []
     for _ in range(tokens):
         token = output.logits[:, -1:].argmax(-1)
@@ -88,14 +90,10 @@ def evaluate(model: Any, windows: Tensor, *, speed: bool = True) -> dict[str, An
 @torch.inference_mode()
 def complete(model: Any, tokenizer: Any, prompt: str, *, tokens: int = 24) -> str:
     """`prompt` and its greedy continuation of at most `tokens` tokens, by the model's own `generate`."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(_device(model))
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(device_of(model))
     attended = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=attended, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(out[0], skip_special_tokens=True)
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _seconds(model: Any, ids: Tensor) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmkern._pages import give_back
-from llmkern.blocks import Call, find_lists
+from llmkern.blocks import Call, named
 from llmkern.calibration import rows_that_count
 from llmkern.nn import dense_weight
 from llmkern.solvers.output import OutputHessian
@@ -208,13 +208,12 @@ def _watched(layers: Mapping[str, nn.Module], found: Sensitivity) -> Iterator[No
 def _blocks_run_again(model: nn.Module) -> Iterator[None]:
     """Inside, what a block computes is not kept for the backward pass, but computed again."""
     taken = []
-    for _, blocks in find_lists(model):
-        for block in blocks:
-            if "forward" not in vars(block):
-                block.forward = partial(
-                    checkpoint, partial(_run, block, block.forward), use_reentrant=False, preserve_rng_state=False
-                )
-                taken.append(block)
+    for _, block in named(model):
+        if "forward" not in vars(block):
+            block.forward = partial(
+                checkpoint, partial(_run, block, block.forward), use_reentrant=False, preserve_rng_state=False
+            )
+            taken.append(block)
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from llmkern._pages import give_back
 from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, linears
-from llmkern.calibration import Calibration, calls_of, count_tokens, move, move_call, quiet, rows_that_count
+from llmkern.calibration import Calibration, calls_of, count_tokens, device_of, move, move_call, quiet, rows_that_count
 from llmkern.casting import cast
 from llmkern.dense_twin import DenseTwin
 from llmkern.distributed import Group, team
@@ -69,7 +69,9 @@ def compress(
 
     What an error is measured by is in the recipe: its effect on the model's outputs, from one backward pass over the
     calibration (`llmkern.fisher`), or `objective="layer"`. A model without gradients is solved by the latter, and the
-    report says so. `loss` in the report is on the Hessian whose tokens are weighted so.
+    report says so. `loss` in the report is on the Hessian whose tokens are weighted so, and against the weight that
+    makes up for errors of the input (`Recipe.input_correction`), which keeps a second hidden state per sequence and the
+    dense weights of one block beside the model.
 
     state_dir: a folder in which every finished block becomes durable. The same call on the dense model, after the
     process was killed, goes on from there, and the result is the same bit for bit; the folder of another model, recipe,
@@ -168,9 +170,8 @@ class _Run:
         """Part after part, as many at a time as there are ranks."""
         sizes = {name: dense_weight(self.model.get_submodule(name)).nbytes for name in self.chosen}
         inside: dict[str, str] = {}
-        for prefix, found in blocks.find_lists(self.model):
-            for at, block in enumerate(found):
-                inside |= dict.fromkeys(linears(block, f"{prefix}.{at}"), f"{prefix}.{at}")
+        for name, block in blocks.named(self.model):
+            inside |= dict.fromkeys(linears(block, name), name)
         todo = parts(sizes, inside, PART_BYTES)
         for at in range(0, len(todo), self.team.size):
             self._replace(self.team.data_free(todo[at : at + self.team.size]), needs_data=False)
@@ -256,7 +257,7 @@ class _Run:
                 layers = {name: self.model.get_submodule(name) for name in names[k]}
                 with self._held(chain.blocks[k]), ExitStack() as beside_it:
                     if twin is not None:
-                        calls, device = Calls(chain, own, twin.hidden), self.device or _home(chain.blocks[k])
+                        calls, device = Calls(chain, own, twin.hidden), self.device or device_of(chain.blocks[k])
                         beside_it.enter_context(twin.inside(chain.names[k], chain.blocks[k], layers, calls, device))
                     self._block(chain.names[k], chain.blocks[k], layers, Calls(chain, own, hidden), feeds_next, twin)
         return {name for found in names for name in found}
@@ -299,7 +300,7 @@ class _Run:
         twin: DenseTwin | None,
     ) -> None:  # fmt: skip
         """Compress one block on these calls; with `feeds_next`, what it hands on takes the place of its inputs."""
-        home = _home(block)
+        home = device_of(block)
         device = self.device or home
         block.to(device)
         if part in self.done:
@@ -508,7 +509,3 @@ class _Run:
             raise type(error)(f"{error} ({done}{advice})") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.state.advice) from None
-
-
-def _home(block: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in block.parameters()), torch.device("cpu"))

@@ -27,7 +27,7 @@ from llmkern.stages import kind_of
 MATRICES = {"rtn": 1, "magnitude": 1, "pack": 1, "wanda": 1, "gptq": 3, "sparsegpt": 7}
 PRODUCTS = {"rtn": 1, "magnitude": 1, "pack": 0, "wanda": 2, "gptq": 4, "sparsegpt": 8 + 2 * REFIT_STEPS + 48}
 WEIGHT_COPIES = 10  # fp32 [N, K] that a solver has at a time: weight, differences, mask, clip search
-FORWARD_COPIES = 4  # of a batch's widest activation, and one more where the Hessian weights its tokens
+FORWARD_COPIES = 4  # of a batch's widest activation, and one more where inputs are kept until the forward ends
 # What calibration reaches of the rate of a large product, on SmolLM2 (small matrices, norms, attention, packing).
 EFFICIENCY = 0.2
 # Products with both matrices of coupled rows: two refits of scales, and passes over the codes.
@@ -170,7 +170,8 @@ def _work(
     if not any(wanted.needs_calibration for wanted in chosen.values()):
         return _Work(blocks=solver + RUNTIME)
     item = next(iter(shapes.values())).element_size()
-    inside = [weight for name, weight in shapes.items() if any(name.startswith(p + ".") for p, _ in _blocks(model))]
+    prefixes = [name for name, _ in blocks.named(model)]
+    inside = [weight for name, weight in shapes.items() if any(name.startswith(f"{prefix}.") for prefix in prefixes)]
     width = min((min(weight.shape[1], weight.shape[0]) for weight in inside), default=0)
     width = getattr(getattr(model, "config", None), "hidden_size", None) or width
     hidden = samples * seqlen * width * item
@@ -178,9 +179,9 @@ def _work(
     corrected = {name: weight for name, weight in shapes.items() if chosen[name].correction}
     if corrected:
         hidden *= 2  # the dense model's beside the compressed one's
-        solver += _correction(corrected, [prefix for prefix, _ in _blocks(model)])
+        solver += _correction(corrected, prefixes)
     felt = {name: weight.shape for name, weight in shapes.items() if chosen[name].by_model}
-    forward = min(BATCH, samples) * seqlen * widest * item * (FORWARD_COPIES + bool(felt))
+    forward = min(BATCH, samples) * seqlen * widest * item * (FORWARD_COPIES + bool(felt or corrected))
     work = _Work(blocks=hidden + forward + solver + RUNTIME, hidden=hidden)
     if felt:
         outputs = sum(4 * (n // PART * PART**2 + (n % PART) ** 2) for n, _ in felt.values())
@@ -203,10 +204,10 @@ def _gradients(model: nn.Module, tokens: int, width: int, item: int) -> int:
     rows = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
     logits = tokens * rows * (8 if item == 4 else item + 8)  # with their gradient, in the making fp32 on both sides
     drawn = 2 * 4 * ROWS * rows  # sums of a part of the distribution, and of the part before
-    inputs = tokens * width * item * len(_blocks(model))
+    inputs = tokens * width * item * len(blocks.named(model))
     # A block's values and their gradients.
     routed = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
-    again = max((_numbers(block, routed) for _, block in _blocks(model)), default=0)
+    again = max((_numbers(block, routed) for _, block in blocks.named(model)), default=0)
     return logits + inputs + max(drawn, 2 * tokens * again * item) + RUNTIME
 
 
@@ -244,12 +245,8 @@ def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens
     return count
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(f"{prefix}.{at}", block) for prefix, found in blocks.find_lists(model) for at, block in enumerate(found)]
-
-
 def _block_bytes(model: nn.Module) -> list[int]:
-    return [sum(parameter.nbytes for parameter in block.parameters()) for _, block in _blocks(model)]
+    return [sum(parameter.nbytes for parameter in block.parameters()) for _, block in blocks.named(model)]
 
 
 def _cast_bytes(model: nn.Module, recipe: Recipe) -> int:

@@ -20,7 +20,7 @@ DATA_FREE = ("cast", "rtn", "magnitude", "pack")
 METHODS = ("cast", *QUANTIZERS, *PRUNERS, "pack")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_IGNORE = ("lm_head",)
-# Of 0.5, 0.7 and 1 the one with the least perplexity on a real model: all of it fits the calibration too closely.
+# All of it fits the calibration too closely: `bench.ablation`.
 CORRECTION = 0.5
 # A pattern of a recipe may come from someone else; a long one can make `re` run for ever.
 MAX_PATTERN = 200

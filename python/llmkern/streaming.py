@@ -146,10 +146,8 @@ class Stream:
             names.setdefault(id(parameter), []).append(name)
         alone = {found[0] for found in names.values() if len(found) == 1}
         inside: dict[str, str] = {}
-        for prefix, modules in blocks.find_lists(self.model):
-            for at, block in enumerate(modules):
-                here = f"{prefix}.{at}"
-                inside |= {name: here for name, _ in block.named_parameters(here) if name in alone}
+        for here, block in blocks.named(self.model):
+            inside |= {name: here for name, _ in block.named_parameters(here) if name in alone}
         return inside
 
     def need(self, block: Block) -> None:

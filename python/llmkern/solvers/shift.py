@@ -37,7 +37,8 @@ class InputShift:
     def add(self, dense: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
         """Add tokens: x [T, K] of the compressed model, and the same of the dense one, any float dtype.
 
-        weight: fp32 [T, 1], how often each token counts; None is once. ValueError for a NaN or infinity.
+        weight: fp32 [T, 1], how often each token counts; None is once. A NaN or infinity is found by `corrected`: on a
+        GPU looking at values would wait for it.
         """
         for start in range(0, len(x), TOKENS):
             rows = slice(start, start + TOKENS)
@@ -45,10 +46,6 @@ class InputShift:
             moved = dense[rows].float() - part
             if weight is not None:
                 moved *= weight[rows]
-            if not torch.isfinite(moved).all():
-                raise ValueError(
-                    "InputShift.add: the dense model's input has non-finite values, or differs by infinity"
-                )
             moved = moved.T.contiguous()
             for column in range(0, self.k, COLUMNS):
                 columns = slice(column, column + COLUMNS)
@@ -60,7 +57,7 @@ def corrected(weight: Tensor, hessian: Hessian, shift: InputShift, strength: flo
     """W* of weight [N, K], fp32, with the Hessian of the same tokens; a new tensor.
 
     strength: of the correction, 0 (none) to 1 (all of it). damp: the least λ, relative to the mean of diag(H).
-    ValueError for another K or other tokens.
+    ValueError for another K, other tokens, or inputs that were not finite.
     """
     w = weight.float()
     if w.shape[1] != shift.k or hessian.k != shift.k:
@@ -68,6 +65,8 @@ def corrected(weight: Tensor, hessian: Hessian, shift: InputShift, strength: flo
         raise ValueError(f"corrected: {got}")
     if hessian.tokens != shift.tokens:
         raise ValueError(f"corrected: the Hessian has {hessian.tokens} tokens, the shift {shift.tokens}")
+    if not torch.isfinite(shift.sum).all():
+        raise ValueError("corrected: the dense model's input has non-finite values, or differs by infinity")
     factor = hessian.factor(None, max(damp, RIDGE * shift.k / shift.tokens))
     # H + λ = U D Uᵀ with U unit upper triangular and D the squared diagonal.
     right = {"left": False, "unitriangular": True}
