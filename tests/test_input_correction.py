@@ -8,6 +8,7 @@ from torch import nn
 
 import llmkern
 from llmkern import patching, pipeline, streaming
+from llmkern.dense_twin import DenseTwin
 from llmkern.nn import dense_weight, is_linear
 from llmkern.shared_inputs import DenseRun, SharedInputs
 from llmkern.solve import solve
@@ -128,6 +129,39 @@ def test_every_shift_is_from_the_dense_model_to_the_compressed_one_so_far(kind, 
             weight.copy_(rtn(weight, None, bits=3, group_size=16).weight)
         assert any(seen[pointers[name]].any() for name in layers)
         first = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "ignore"),
+    [("llama", ()), ("llama", ("down_proj",)), ("mixtral", ()), ("mixtral", ("gate_up_proj", "down_proj"))],
+)
+def test_the_dense_model_is_not_run_again_to_go_on(kind, ignore, monkeypatch):
+    """Where its last comparison of a block could end with the block, that has handed on what `advance` would."""
+    calibration, dense = [tiny.inputs(kind, ids) for ids in tiny.token_ids(10).split(4)], tiny.MODELS[kind]()
+    runs, blocks, wanted = [], list(dense.model.layers[1:]), {}
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, args: wanted.setdefault(block, []).append(args[0]))
+    for batch in calibration:
+        dense(**batch)
+    advance = DenseTwin.advance
+
+    def watched(self):
+        before = len(runs)
+        bound = self._bound
+        self._bound = lambda call: lambda: (runs.append(1), bound(call)())[1]
+        advance(self)
+        del self._bound
+        states = [self.hidden.get(at) for at in range(len(calibration))]
+        for got, state in zip(states, wanted.pop(blocks.pop(0)), strict=True):
+            torch.testing.assert_close(got, state)
+        # What was routed to experts is no comparison of all tokens, so a block that ends with experts is run again.
+        routed_last = kind == "mixtral" and not ignore
+        assert len(runs) - before == (len(calibration) if routed_last else 0)
+
+    monkeypatch.setattr(DenseTwin, "advance", watched)
+    compress(tiny.MODELS[kind](), llmkern.Recipe.parse(RECIPE, ignore=("lm_head", *ignore)), calibration)
+    assert not wanted
+    assert bool(runs) == (kind == "mixtral" and not ignore)
 
 
 def test_what_is_outside_of_the_blocks_or_routed_says_so():

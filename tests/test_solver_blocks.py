@@ -7,7 +7,7 @@ import torch
 
 from llmkern import _dense, _memory, _pages
 from llmkern.formats import Int4Weight, Sparse24Int4Weight, Sparse24Weight, _base
-from llmkern.solvers import Hessian, columns, hessian, refit, solution
+from llmkern.solvers import Hessian, columns, gptq, hessian, refit, solution
 from llmkern.solvers.grid import find_grid
 
 
@@ -23,6 +23,30 @@ def test_add_product_of_parts(n: int, k: int, m: int) -> None:
     wanted[:, 4 : 4 + m] += (a[:, 2 : 2 + k] - less).double() @ b[1 : 1 + k, 3 : 3 + m].double()
     _dense.add_product(out[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(50, 30, 20), (2100, 70, 40)])
+def test_rough_add_product_of_parts(n: int, k: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 where it is fast and rough will do: as good as its 8 bits. Elsewhere the same bits as without."""
+    out, a, b = random(n, m + 9), random(n, k + 5, seed=1), random(k + 3, m + 4, seed=2)
+    less = random(n, k, seed=3)
+    monkeypatch.setattr(_dense, "WORTH_ROUNDING", 50 * 30 * 20)
+    found = {}
+    for fast, rough in ((False, False), (False, True), (True, False), (True, True)):
+        monkeypatch.setattr(_dense, "half_is_fast", lambda fast=fast: fast)
+        found[fast, rough] = out.clone()
+        parts = (found[fast, rough][:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less)
+        _dense.add_product(*parts, rough=rough)
+    exact = found.pop((False, False))
+    moved = (found[True, True] - exact).square().mean().sqrt()
+    spread = 2**0.5 * k**0.5  # of the products that are added
+    assert 2**-12 * spread < moved < 2**-8 * spread
+    assert torch.equal(found[False, True], exact)
+    assert torch.equal(found[True, False], exact)
+    monkeypatch.setattr(_dense, "WORTH_ROUNDING", n * k * m + 1)
+    small = out.clone()
+    _dense.add_product(small[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less, rough=True)
+    assert torch.equal(small, exact)
 
 
 def test_large_matrices_are_like_others() -> None:
@@ -101,6 +125,24 @@ def test_feedback_of_any_number_of_blocks(count: int) -> None:
     damped = (factor.unit * factor.diagonal).double()
     energy = (difference @ damped).square().sum() - factor.added * difference.square().sum()
     assert state.undamped() == pytest.approx(float(energy), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [6, 300])
+def test_gptq_with_rough_feedback(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss stays what it was, and is the loss; the published order of work knows no bf16."""
+    n, k = 300, 640
+    x = random(2 * k, rank) @ random(rank, k, seed=1) + random(2 * k, k, seed=2) / 100
+    w, state = random(n, k, seed=3), Hessian(k).add(x)
+    whole = solution.energy(w, state)
+    solved: dict[tuple[str | None, bool], solution.Solution] = {}
+    for order in ("static", None, "dynamic"):
+        for fast in (False, True):
+            monkeypatch.setattr(_dense, "half_is_fast", lambda fast=fast: fast)
+            found = solved[order, fast] = gptq(w, state, group_size=64, act_order=order)
+            assert found.loss == pytest.approx(solution.energy(w - found.weight, state) / whole, rel=3e-3)
+        exact, rough = solved[order, False], solved[order, True]
+        assert rough.loss == pytest.approx(exact.loss, rel=0.1 if rank == 6 else 0.03)
+        assert torch.equal(exact.weight, rough.weight) == (order == "dynamic")
 
 
 @pytest.mark.parametrize("k", [1, 255, 257, 700, 1300])

@@ -33,6 +33,7 @@ class DenseTwin:
         self._weights: dict[str, Tensor] = {}
         self._calls: Calls | None = None
         self._device = torch.device("cpu")
+        self._advanced: set[int] = set()  # batches whose hidden state is the next block's already
 
     @contextmanager
     def inside(
@@ -51,21 +52,34 @@ class DenseTwin:
             yield
         finally:
             self._weights, self._block, self._calls = {}, None, None
+            self._advanced.clear()
 
-    def runs(self) -> Iterator[DenseRun | None]:
-        """The block's forward on each batch; None for one whose hidden state is not known."""
+    def runs(self, *, advancing: bool) -> Iterator[DenseRun | None]:
+        """The block's forward on each batch; None for one whose hidden state is not known.
+
+        advancing: nobody needs the hidden states after this, so what the block hands on takes their place at once.
+        """
         assert self._calls is not None
         for at, call in enumerate(self._calls):
             state = self.hidden.get(at)
-            yield None if state is None else DenseRun(self._bound(call), state.shape[:-1].numel())
+            if state is None:
+                yield None
+            else:
+                finish = partial(self._hand_on, at) if advancing else None
+                yield DenseRun(self._bound(call), state.shape[:-1].numel(), finish)
 
     def advance(self) -> None:
-        """What the block hands on takes the place of what it was given."""
+        """What the block hands on takes the place of what it was given, of each batch where it has not yet."""
         assert self._calls is not None
         for at, call in enumerate(self._calls):
-            state = self.hidden.get(at)
-            if state is not None:
-                self.hidden.put(at, move(hidden_state(self._bound(call)()), state.device))
+            if at not in self._advanced and self.hidden.get(at) is not None:
+                self._hand_on(at, self._bound(call)())
+
+    def _hand_on(self, at: int, output: Any) -> None:
+        before = self.hidden.get(at)
+        assert before is not None
+        self.hidden.put(at, move(hidden_state(output), before.device))
+        self._advanced.add(at)
 
     def _bound(self, call: Call) -> Callable[[], Any]:
         assert self._block is not None

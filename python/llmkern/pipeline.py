@@ -313,8 +313,11 @@ class _Run:
                 return block(*args, **kwargs)
 
             mixtures = self._mixtures(block, first) if layers else []
-            for stage in self._stages(layers, first, mixtures):
-                groups = self._groups(stage, mixtures, ((block, move_call(call, device)) for call in calls), twin)
+            in_turn = self._stages(layers, first, mixtures)
+            for number, stage in enumerate(in_turn, 1):
+                runs = ((block, move_call(call, device)) for call in calls)
+                advancing = feeds_next and number == len(in_turn)
+                groups = self._groups(stage, mixtures, runs, twin, advancing=advancing)
                 for found in self._solve(groups, runs_on=True):
                     solved |= self._run_dense(found)
             self._keep(part, solved)
@@ -377,13 +380,18 @@ class _Run:
         mixtures: list[Experts | ListedExperts],
         runs: Iterable[tuple[nn.Module, Call]],
         twin: DenseTwin | None = None,
+        *,
+        advancing: bool = False,
     ) -> list[Group]:
-        """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch."""
+        """The layers by their input, with its Hessian over all ranks' batches; `runs`: a call of a module per batch.
+
+        advancing: no other stage of the block comes after these layers, and `twin` goes on to the next.
+        """
         shifts = twin is not None and any(self.chosen[name].correction for name in layers)
         shared = SharedInputs(layers, mixtures, self.everything, shifts)
 
         def collect() -> list[str]:
-            beside = twin.runs() if twin is not None and shifts else repeat(None, len(self.batches))
+            beside = twin.runs(advancing=advancing) if twin is not None and shifts else repeat(None, len(self.batches))
             for at, (batch, (module, call), dense) in enumerate(zip(self.batches, runs, beside, strict=True)):
                 shared.rows = rows_that_count(self.model, batch)
                 shared.weights = self.sensitivity.weights(at) if self.sensitivity else {}

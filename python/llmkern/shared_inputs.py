@@ -16,10 +16,14 @@ from llmkern.solvers import Hessian, InputShift
 
 
 class DenseRun(NamedTuple):
-    """A forward of the dense model, and how many tokens its batch has."""
+    """A forward of the dense model, and how many tokens its batch has.
+
+    finish: takes what the forward returns, which then goes on to its end; None where nobody wants that.
+    """
 
     run: Callable[[], Any]
     tokens: int
+    finish: Callable[[Any], None] | None = None
 
 
 class SharedInputs:
@@ -177,7 +181,7 @@ class SharedInputs:
                     del waiting[name]
                 if reference.shape == x.shape:
                     self._add_shift(name, reference, x, weight)
-                if not waiting:
+                if not waiting and dense.finish is None:
                     raise Stop
 
             return see
@@ -185,7 +189,9 @@ class SharedInputs:
         if waiting:
             hooks = (self.layers[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in waiting)
             with hooked(hooks):
-                stopped(dense.run)
+                output = stopped(dense.run)
+            if dense.finish is not None:
+                dense.finish(output)
 
     def _add_shift(self, name: str, reference: Tensor, x: Tensor, weight: Tensor | None) -> None:
         if name not in self._shifts:

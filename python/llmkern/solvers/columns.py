@@ -23,7 +23,9 @@ from llmkern.solvers.hessian import Factor
 # Values [N, B] and the places they are at, whole groups (the last of K may be short) -> their grid.
 FindGrid = Callable[[Tensor, slice], Grid]
 BLOCK = 128  # columns per kernel call: the papers' block size
-CANCELLED = 1e-2  # below this share of the damped energy, the undamped one is a difference of nearly equal numbers
+# Below this share of the damped energy, the undamped one is a difference of nearly equal numbers; the second where the
+# feedback was rounded, and the damped energy with it.
+CANCELLED, CANCELLED_ROUGH = 1e-2, 0.2
 
 
 def blocks(k: int, width: int = BLOCK, multiple: int = 1) -> list[slice]:
@@ -53,8 +55,9 @@ def due(parts: list[slice], done: int) -> tuple[slice, slice]:
 class Feedback:
     """The values of columns [N, K] compensated for the differences w - q of all columns before them, block by block."""
 
-    def __init__(self, w: Tensor, factor: Factor, blocks: list[slice]) -> None:
+    def __init__(self, w: Tensor, factor: Factor, blocks: list[slice], *, rough: bool = False) -> None:
         # A block's are final when it begins, and what was chosen when it is done.
+        self._rough = rough
         self.values = large_empty(*w.shape, like=w).copy_(w)
         self._w, self._factor, self._blocks, self._done = w, factor, blocks, 0
         self._energy, self._squared = w.new_zeros(2, dtype=torch.float64).unbind()
@@ -72,7 +75,9 @@ class Feedback:
         self._done += 1
         done, come = due(self._blocks, self._done)
         if come.start < come.stop:
-            add_product(self.values[:, come], self._w[:, done], unit[done, come], less=self.values[:, done])
+            add_product(
+                self.values[:, come], self._w[:, done], unit[done, come], less=self.values[:, done], rough=self._rough
+            )
 
     def ahead(self, at: slice) -> Tensor:
         """Columns `at`, which may end behind the next block, with the feedback of the blocks that are done."""
@@ -84,7 +89,8 @@ class Feedback:
     def undamped(self) -> float:
         """tr(D H Dᵀ) of the undamped Hessian from that of the damped one; NaN where nearly all of it is damping."""
         without = self._energy - self._factor.added * self._squared
-        return float(torch.where(without > CANCELLED * self._energy, without, torch.nan))
+        least = CANCELLED_ROUGH if self._rough else CANCELLED
+        return float(torch.where(without > least * self._energy, without, torch.nan))
 
 
 def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
@@ -100,13 +106,14 @@ def optimal(w: Tensor, wc: Tensor, unit: Tensor) -> Tensor:
 
 def gptq_columns(
     w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None = None, *, dynamic: FindGrid | None = None,
-    width: int = BLOCK,
+    width: int = BLOCK, rough: bool = False,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """GPTQ over all columns of w [N, K]; w, mask and the result are in natural order, whatever the factor's.
 
     Returns q and its `undamped` energy. With `dynamic`, groups are of consecutive places of the factor's order, and
     the grid of the groups that start in a block is overwritten by `dynamic(values, places)` when the block begins, from
-    the values compensated so far, as published.
+    the values compensated so far, as published. rough: the feedback between blocks may be rounded to bf16, which moves
+    a value by far less than rounding it to the grid does; the energy is then right to about three digits.
     """
     k = w.shape[1]
     if factor.order is not None:
@@ -114,7 +121,7 @@ def gptq_columns(
         mask = None if mask is None else mask.index_select(1, factor.order)
     groups = grid.groups(None if dynamic else factor.order, k)
     parts = blocks(k, width)
-    state = Feedback(w, factor, parts)
+    state = Feedback(w, factor, parts, rough=rough)
     for at in parts:
         before, wc = w[:, at].contiguous(), state.values[:, at].contiguous()
         if dynamic is not None:

@@ -6,11 +6,13 @@ w_i + Σ_{i'<i} (w_i' - q_i') U'_i'i, and inside it GPTQ's columns: the feedback
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from llmkern import ops
-from llmkern._dense import one_thread, product
+from llmkern._dense import product, side_by_side
 from llmkern.solvers.columns import blocks, descend
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
@@ -22,13 +24,12 @@ ROWS = 16
 
 def coupled_columns(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: OutputHessian) -> Tensor:
     """GPTQ over all columns of w [N, K], in the factor's order, with feedback between rows as well; natural order."""
-    parts = []
-    for index, at in enumerate(output.places):
+
+    def solve(index: int, at: slice) -> Tensor:
         kept = None if mask is None else mask[at]
-        rows = output.factor(index)
-        with one_thread():
-            parts.append(_coupled_part(w[at], factor, grid.rows(at), kept, rows))
-    return torch.cat(parts)
+        return _coupled_part(w[at], factor, grid.rows(at), kept, output.factor(index))
+
+    return torch.cat(side_by_side(w, [partial(solve, *part) for part in enumerate(output.places)]))
 
 
 def _coupled_part(w: Tensor, factor: Factor, grid: Grid, mask: Tensor | None, output: Factor) -> Tensor:
@@ -82,21 +83,28 @@ def coupled_descent(
         return q
     if output is None:
         return descend(w, q, damped, grid, mask, passes)
-    q = q.clone()
-    for index, at in enumerate(output.places):
-        coupled = output.damped(index)
-        moved = (w - q)[at]
-        with one_thread():
-            for rows in blocks(at.stop - at.start, ROWS):
-                here = slice(at.start + rows.start, at.start + rows.stop)
-                own, all_rows = coupled[rows, rows], product(coupled[rows], moved)
-                others = all_rows - own @ moved[rows]
-                kept = None if mask is None else mask[here]
-                target = w[here] + all_rows / own.diagonal().unsqueeze(1) - moved[rows]
-                step = descend(target, q[here], damped, grid.rows(here), kept, passes)
-                after = w[here] - step
-                if _felt(after, own, others, damped) < _felt(moved[rows], own, others, damped):
-                    q[here], moved[rows] = step, after
+
+    def descended(index: int, at: slice) -> Tensor:
+        kept = None if mask is None else mask[at]
+        return _descend_part(w[at], q[at], damped, grid.rows(at), kept, passes, output.damped(index))
+
+    return torch.cat(side_by_side(w, [partial(descended, *part) for part in enumerate(output.places)]))
+
+
+def _descend_part(
+    w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | None, passes: int, coupled: Tensor
+) -> Tensor:
+    """The same for rows that `coupled`, their part of O, couples."""
+    q, moved = q.clone(), w - q
+    for rows in blocks(len(w), ROWS):
+        own, all_rows = coupled[rows, rows], product(coupled[rows], moved)
+        others = all_rows - own @ moved[rows]
+        kept = None if mask is None else mask[rows]
+        target = w[rows] + all_rows / own.diagonal().unsqueeze(1) - moved[rows]
+        step = descend(target, q[rows], damped, grid.rows(rows), kept, passes)
+        after = w[rows] - step
+        if _felt(after, own, others, damped) < _felt(moved[rows], own, others, damped):
+            q[rows], moved[rows] = step, after
     return q
 
 

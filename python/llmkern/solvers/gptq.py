@@ -78,7 +78,7 @@ def gptq(
 
     dynamic = find if act_order == "dynamic" and group_size < w.shape[1] else None
     if output is None:
-        q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic)
+        q, lost = gptq_columns(target, factor, grid, mask, dynamic=dynamic, rough=act_order != "dynamic")
     else:
         q, lost = coupled_columns(target, factor, grid, mask, output), math.nan
     if scale_refit or descent:

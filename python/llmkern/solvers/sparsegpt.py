@@ -86,7 +86,7 @@ def sparsegpt(
             grid = find_grid(q, again.costs(), **options)
             found = (*found, *(note for note in again.notes if note not in found))
             if output is None:
-                q, _ = gptq_columns(q, again, grid, kept)
+                q, _ = gptq_columns(q, again, grid, kept, rough=True)
             else:
                 q = coupled_columns(q, again, grid, kept, output)
             q, grid = polish(target, q, grid, damped, kept, scale_refit, descent, output)
