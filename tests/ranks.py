@@ -138,10 +138,10 @@ def dies(root, how):
     def work(rank):
         group = pipeline._Run._groups
 
-        def groups(self, layers, *rest):
+        def groups(self, layers, *rest, **options):
             if rank == 1 and "model.layers.1.mlp.down_proj" in layers:
                 os.kill(os.getpid(), how)
-            return group(self, layers, *rest)
+            return group(self, layers, *rest, **options)
 
         pipeline._Run._groups = groups
         return llama(root, "dies", state_dir=root / f"state{int(how)}")(rank)

@@ -91,10 +91,10 @@ def dies(folder, state):
     def work(rank):
         group = pipeline._Run._groups
 
-        def groups(self, layers, *rest):
+        def groups(self, layers, *rest, **options):
             if rank == 1 and "model.layers.2.mlp.down_proj" in layers:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return group(self, layers, *rest)
+            return group(self, layers, *rest, **options)
 
         pipeline._Run._groups = groups
         return run(folder, llmkern.stream, "gptq-int4-g32", state_dir=state)(rank)

@@ -47,7 +47,7 @@ def gptq(
     with act_order="dynamic".
 
     What follows the columns: scale_refit, steps of conjugate gradients over all scales (`llmkern.solvers.scales`), and
-    descent, passes of coordinate descent over the codes, after which scales are refit again. None is 10 and 2 with
+    descent, passes of coordinate descent over the codes, after which scales are refit again. None is 5 and 2 with
     `output`, and 0 without, where they would take several times as long as all else.
 
     Raises ValueError (or TypeError for a dtype) that names the argument; a Hessian that is not positive definite is

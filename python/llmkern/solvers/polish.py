@@ -9,8 +9,9 @@ from llmkern.solvers.grid import Grid
 from llmkern.solvers.output import OutputHessian
 from llmkern.solvers.scales import refit_scales
 
-# Passes over the codes, and steps of conjugate gradients over the scales, where rows are coupled.
-DESCENT, SCALE_STEPS = 2, 10
+# Passes over the codes, and steps of conjugate gradients over the scales, where rows are coupled. On a real model 10 or
+# 20 steps gave the same perplexity as 5 up to its noise (0.6 %), none before the passes 1 % more.
+DESCENT, SCALE_STEPS = 2, 5
 
 
 def polish(
