@@ -27,11 +27,13 @@ from llmkern.solvers import Hessian
 from llmkern_cli._bench import plot
 
 SIZES = (1024, 2048, 4096, 6144)
-# Ours with the published algorithm, ours as it is when not told otherwise, and the papers'.
+# Ours with the published algorithm and no loss, which the papers' code does not know either; ours as it is when not
+# told otherwise, and without its loss; and the papers'.
 CANDIDATES: dict[str, Callable[[Tensor, Tensor], Callable[[], Any]]] = {
-    "gptq-int4-g128 published": lambda w, h: _ours(solvers.gptq, w, h, act_order="dynamic", clip=None),
+    "gptq-int4-g128 published": lambda w, h: _ours(solvers.gptq, w, h, act_order="dynamic", clip=None, loss=False),
     "gptq-int4-g128 default": lambda w, h: _ours(solvers.gptq, w, h),
-    "sparsegpt-2:4 published": lambda w, h: _ours(solvers.sparsegpt, w, h, sparsity="2:4", refit=False),
+    "gptq-int4-g128 default, no loss": lambda w, h: _ours(solvers.gptq, w, h, loss=False),
+    "sparsegpt-2:4 published": lambda w, h: _ours(solvers.sparsegpt, w, h, sparsity="2:4", refit=False, loss=False),
     "gptq-int4-g128 reference": lambda w, h: lambda: reference.gptq(w, h, bits=4, group_size=128),
     "sparsegpt-2:4 reference": lambda w, h: lambda: reference.sparsegpt(w, h, prune_n=2, prune_m=4),
 }

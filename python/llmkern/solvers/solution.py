@@ -23,8 +23,9 @@ class Solution:
 
     weight: fp32 [N, K], what `packed` unpacks to. packed: the smallest of the packed formats that holds it exactly,
     None if none does. mask: bool [N, K], True = kept, None if nothing was pruned. loss: tr((W-Q) H (W-Q)ᵀ) /
-    tr(W H Wᵀ) on the undamped Hessian. damp: the damping that was used, relative to mean(diag H). notes: whatever
-    differs from what was asked for; a note of type Problem is more than a fact.
+    tr(W H Wᵀ) on the undamped Hessian, NaN where the solver was told not to find it. damp: the damping that was used,
+    relative to mean(diag H). notes: whatever differs from what was asked for; a note of type Problem is more than a
+    fact.
     """
 
     weight: Tensor

@@ -39,7 +39,7 @@ def sparsegpt(
     weight: Tensor, hessian: Hessian | Tensor, *, sparsity: float | str = 0.5, bits: int | None = None,
     group_size: int | None = 128, refit: bool = True, damp: float = 0.01, clip: str | None = "hessian",
     descent: int | None = None, scale_dtype: torch.dtype = torch.float32, mask: str | None = None,
-    output: OutputHessian | None = None, scale_refit: int | None = None,
+    output: OutputHessian | None = None, scale_refit: int | None = None, loss: bool = True,
 ) -> Solution:  # fmt: skip
     """Prune weight [N, K] so that the layer's output on its calibration input changes least; with bits, quantize too.
 
@@ -49,7 +49,7 @@ def sparsegpt(
     and `descent` as in `gptq` (None is 2 for the latter); without refit the published single pass, which prunes and
     quantizes together and leaves both unused. mask: how it is chosen, "sparsegpt" (the paper's way, block after block)
     or "admm" (all weights together, see `llmkern.solvers.admm`; needs refit); None is "admm" where it can be. output:
-    as in `gptq`; it needs refit. group_size, clip, damp, scale_dtype and errors as in `gptq`.
+    as in `gptq`; it needs refit. group_size, clip, damp, scale_dtype, loss and errors as in `gptq`.
     """
     w = as_matrix("sparsegpt", weight)
     pattern = Pattern.parse("sparsegpt", sparsity)
@@ -96,7 +96,8 @@ def sparsegpt(
         if weight.dtype != torch.float32:
             q, lost = q.to(weight.dtype).float(), math.nan
         packed, notes = pack_kept(q, kept, weight.dtype), ()
-    return Solution(q, packed, kept, relative_loss(w, q, state, lost), factor.damp, (*found, *notes))
+    relative = relative_loss(w, q, state, lost) if loss else math.nan
+    return Solution(q, packed, kept, relative, factor.damp, (*found, *notes))
 
 
 def _by_admm(mask: str | None, refit: bool) -> bool:
