@@ -15,7 +15,7 @@ import torch
 from moments import Moments, killed_and_resumed
 
 import llmkern
-from llmkern import _files, pipeline
+from llmkern import _files, layer_solver
 
 KILLS, SEED = 20, 5
 
@@ -45,7 +45,7 @@ def run(folder, last=0):
         "Watched", (), {**vars(os), "fsync": moments.around(os.fsync), "replace": moments.around(os.replace)}
     )
     _files.open = moments.opened
-    pipeline.solve_and_keep = moments.around(pipeline.solve_and_keep)
+    layer_solver.solve_and_keep = moments.around(layer_solver.solve_and_keep)
     model = tiny.llama()
     recipe = llmkern.Recipe.parse(
         "gptq-int4-g32", ignore=(), overrides={"down_proj": "gptq-w8a8", "k_proj": "sparsegpt-0.5"}

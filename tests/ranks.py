@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import llmkern
-from llmkern import pipeline
+from llmkern import layer_solver, pipeline
 
 TIMEOUT, SHORT = 120, 3  # seconds until a rank that says nothing is given up
 
@@ -57,8 +57,8 @@ def values(outcomes):
 
 def compress(model, recipe, calibration, **fields):
     """What a run gave, as plain values: the report's rows, a digest of the model, and the layers solved here."""
-    solve, solved = pipeline.solve_and_keep, []
-    pipeline.solve_and_keep = lambda caller, name, *rest: solved.append(name) or solve(caller, name, *rest)
+    solve, solved = layer_solver.solve_and_keep, []
+    layer_solver.solve_and_keep = lambda caller, name, *rest: solved.append(name) or solve(caller, name, *rest)
     report = llmkern.compress(model, recipe, calibration, progress=False, **fields)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

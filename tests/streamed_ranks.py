@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import llmkern
-from llmkern import blocks, pipeline, streaming
+from llmkern import blocks, layer_solver, pipeline, streaming
 
 # Four llama blocks are two for each rank. opt: biases, and layers outside the blocks; mixtral: experts that are one
 # parameter in the model alone; gpt_oss: experts that are one in the files too, with biases.
@@ -50,10 +50,10 @@ class Watch:
 def compress(model, recipe, rows, ignore=("lm_head",), **fields):
     """As `ranks.compress`, which reads only what is in memory; and what a streamed model read and had in memory."""
     recipe = llmkern.Recipe.parse(recipe, ignore=ignore, **fields.pop("changes", {}))
-    solve, solved = pipeline.solve_and_keep, []
-    pipeline.solve_and_keep = lambda caller, name, *rest: solved.append(name) or solve(caller, name, *rest)
-    make, dense = pipeline.Solved, []
-    pipeline.Solved = lambda packed, row, values: dense.append(values is not None) or make(packed, row, values)
+    solve, solved = layer_solver.solve_and_keep, []
+    layer_solver.solve_and_keep = lambda caller, name, *rest: solved.append(name) or solve(caller, name, *rest)
+    make, dense = layer_solver.Solved, []
+    layer_solver.Solved = lambda packed, row, values: dense.append(values is not None) or make(packed, row, values)
     watch = Watch(model) if streaming.is_streamed(model) else None
     calibration = list(tiny.token_ids(rows).split(2)) if recipe.needs_calibration else None
     report = llmkern.compress(model, recipe, calibration, progress=False, **fields)
@@ -106,14 +106,14 @@ def dies_writing(folder, state):
     """Rank 0 dies when it has written two parts of a run without data."""
 
     def work(rank):
-        write = pipeline.State.write
+        write = layer_solver.State.write
 
         def written(self, part, solved):
             if len(self.parts) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             write(self, part, solved)
 
-        pipeline.State.write = written
+        layer_solver.State.write = written
         return run(folder, llmkern.stream, "rtn-int4-g32", state_dir=state)(rank)
 
     return work

@@ -7,7 +7,7 @@ from test_pipeline import blocks_in_order, calibration_of, compress
 from torch import nn
 
 import llmkern
-from llmkern import patching, pipeline, streaming
+from llmkern import layer_solver, patching, streaming
 from llmkern.dense_twin import DenseTwin
 from llmkern.nn import dense_weight, is_linear
 from llmkern.shared_inputs import DenseRun, SharedInputs
@@ -166,11 +166,11 @@ def test_the_dense_model_is_not_run_again_to_go_on(kind, ignore, monkeypatch):
 
 def test_what_is_outside_of_the_blocks_or_routed_says_so():
     report = compress(tiny.llama(), llmkern.Recipe.parse(RECIPE, ignore=()), tiny.token_ids(20))
-    unknown = {row.name for row in report.rows if pipeline.NO_SHIFT in row.notes}
+    unknown = {row.name for row in report.rows if layer_solver.NO_SHIFT in row.notes}
     assert unknown == {"lm_head"}
     report = compress(tiny.mixtral(), RECIPE, tiny.token_ids(40))
     for row in report.rows:
-        assert (pipeline.NO_SHIFT in row.notes) == ("experts" in row.name), row.name
+        assert (layer_solver.NO_SHIFT in row.notes) == ("experts" in row.name), row.name
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -207,7 +207,8 @@ def test_a_layer_that_takes_some_of_the_tokens_is_not_corrected():
     x = torch.randn(4, 2, 30, 16)
     x[:, 0, 0, 0] = torch.tensor([1.0, -1, 1, -1])
     report = compress(model, RECIPE, list(x))
-    assert {row.name for row in report.rows if pipeline.NO_SHIFT in row.notes} == {"blocks.0.second", "blocks.1.second"}
+    uncorrected = {row.name for row in report.rows if layer_solver.NO_SHIFT in row.notes}
+    assert uncorrected == {"blocks.0.second", "blocks.1.second"}
 
 
 def test_padding_does_not_count():
@@ -217,11 +218,13 @@ def test_padding_does_not_count():
     shifts = []
     for batch in (ids, padded):
         seen = []
-        keep = pipeline.solve_and_keep
+
+        def record(*args, seen=seen, keep=layer_solver.solve_and_keep):
+            seen.append(args[-1].sum)
+            return keep(*args)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                pipeline, "solve_and_keep", lambda *args, seen=seen, keep=keep: seen.append(args[-1].sum) or keep(*args)
-            )
+            patch.setattr(layer_solver, "solve_and_keep", record)
             compress(tiny.llama(), RECIPE, [{"input_ids": batch, "attention_mask": mask}])
         shifts.append(seen)
     assert len(shifts[0]) == 21
@@ -282,11 +285,11 @@ def test_a_run_goes_on_with_the_same_bits(stop, tmp_path, monkeypatch):
             raise RuntimeError("stopped")
         return keep(*args)
 
-    keep = pipeline.solve_and_keep
-    monkeypatch.setattr(pipeline, "solve_and_keep", broken)
+    keep = layer_solver.solve_and_keep
+    monkeypatch.setattr(layer_solver, "solve_and_keep", broken)
     with pytest.raises(RuntimeError, match="stopped"):
         compress(tiny.llama(), RECIPE, ids, state_dir=tmp_path / "state")
-    monkeypatch.setattr(pipeline, "solve_and_keep", keep)
+    monkeypatch.setattr(layer_solver, "solve_and_keep", keep)
     compress(other, RECIPE, ids, state_dir=tmp_path / "state")
     assert torch.equal(tiny.output("llama", other, ids), tiny.output("llama", whole, ids))
     with pytest.raises(ValueError, match="input_correction"):

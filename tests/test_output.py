@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import llmkern
-from llmkern import fisher, pipeline
+from llmkern import fisher, layer_solver
 from llmkern.blocks import Call
 from llmkern.calibration import quiet
 from llmkern.nn import is_linear
@@ -242,13 +242,13 @@ def test_padding_has_no_gradient():
 
 
 def test_tokens_are_weighted_in_the_hessian(monkeypatch):
-    seen, keep = {}, pipeline.solve_and_keep
+    seen, keep = {}, layer_solver.solve_and_keep
 
     def record(caller, name, layer, hessian, recipe, found, shift):
         seen[name] = (hessian.raw().clone(), found)
         return keep(caller, name, layer, hessian, recipe, found, shift)
 
-    monkeypatch.setattr(pipeline, "solve_and_keep", record)
+    monkeypatch.setattr(layer_solver, "solve_and_keep", record)
     ids, caught = tiny.token_ids(11), {}
     llmkern.compress(tiny.llama(), "gptq-int4-g32", ids, progress=False)
     model = tiny.llama()

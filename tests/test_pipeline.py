@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import llmkern
-from llmkern import patching, pipeline
+from llmkern import layer_solver, patching
 from llmkern.nn import PackedLinear, dense_weight, is_linear
 from llmkern.solvers import rtn
 
@@ -318,7 +318,7 @@ def test_activations_that_are_not_finite_name_the_layer():
 
 @pytest.mark.parametrize("kind", ["mlp", "mixtral"])
 def test_a_hessian_goes_when_its_layers_are_solved(kind, monkeypatch):
-    keep, seen, alive = pipeline.solve_and_keep, [], []
+    keep, seen, alive = layer_solver.solve_and_keep, [], []
 
     def record(caller, name, layer, hessian, *rest):
         if all(other() is not hessian for other in seen):
@@ -326,7 +326,7 @@ def test_a_hessian_goes_when_its_layers_are_solved(kind, monkeypatch):
             seen.append(weakref.ref(hessian))
         return keep(caller, name, layer, hessian, *rest)
 
-    monkeypatch.setattr(pipeline, "solve_and_keep", record)
+    monkeypatch.setattr(layer_solver, "solve_and_keep", record)
     data = [torch.randn(60, 32)] if kind == "mlp" else tiny.token_ids(20)
     compress(getattr(tiny, kind)(), "gptq-int4-g16", data)
     assert len(seen) > 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -231,3 +233,33 @@ def test_packing_by_parts_of_rows(k: int, monkeypatch: pytest.MonkeyPatch) -> No
         Sparse24Weight.pack(w * mask, mask=mask)
     with pytest.raises(ValueError, match=r"mask must be \[37, "):
         Sparse24Weight.pack(w * mask, mask=mask[:30])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_side_by_side(threads: int) -> None:
+    """Each task alone on one thread, in the caller's modes, results in order; the first error is raised."""
+    before, ended = torch.get_num_threads(), []
+
+    def task(number: int) -> tuple[int, int, bool, bool]:
+        if number == 1:
+            raise ValueError(f"task {number}")
+        ended.append(number)
+        return number, torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    try:
+        torch.set_num_threads(threads)
+        for inference, gradients in ((True, False), (False, False), (False, True)):
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                found = _dense.side_by_side(torch.zeros(1), [partial(task, at) for at in (0, 2, 3, 4)])
+            assert found == [(at, 1, inference, gradients) for at in (0, 2, 3, 4)]
+            assert torch.get_num_threads() == threads
+        ended.clear()
+        with pytest.raises(ValueError, match="task 1"):
+            _dense.side_by_side(torch.zeros(1), [partial(task, at) for at in (0, 1, 2, 3)])
+        assert torch.get_num_threads() == threads
+        assert 0 in ended
+        assert _dense.side_by_side(torch.zeros(1), []) == []
+        on_device = torch.zeros(1, device="meta")
+        assert _dense.side_by_side(on_device, [torch.get_num_threads]) == [threads]
+    finally:
+        torch.set_num_threads(before)

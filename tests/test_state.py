@@ -14,7 +14,7 @@ import torch
 from scripts import said_by
 
 import llmkern
-from llmkern import _files, patching, pipeline
+from llmkern import _files, layer_solver, patching, pipeline
 from llmkern.nn import PackedLinear, dense_weight
 from llmkern.solvers import Hessian
 from llmkern.state import State, parts_in
@@ -121,14 +121,14 @@ def test_data_free_recipes_go_on_too(tmp_path, monkeypatch):
 def test_a_finished_state_solves_nothing_again(tmp_path, monkeypatch):
     whole, again = tiny.llama(), tiny.llama()
     compress(whole, "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
-    monkeypatch.setattr(pipeline, "solve_and_keep", None)
+    monkeypatch.setattr(layer_solver, "solve_and_keep", None)
     compress(again, "gptq-int4-g32", tiny.token_ids(), state_dir=tmp_path)
     assert_same(again, whole)
 
 
 def test_without_state_dir_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(_files, "replace_file", None)
-    monkeypatch.setattr(pipeline, "fingerprint", None)
+    monkeypatch.setattr(layer_solver, "fingerprint", None)
     monkeypatch.chdir(tmp_path)
     compress(tiny.llama(), "gptq-int4-g32", tiny.token_ids())
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import llmkern
 import llmkern_cli
-from llmkern import blocks, checkpoint, experts, pipeline, streaming, weight_files
+from llmkern import blocks, checkpoint, experts, layer_solver, streaming, weight_files
 from llmkern.nn import PackedLinear
 
 transformers = pytest.importorskip("transformers")
@@ -116,7 +116,7 @@ def test_one_block_is_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_dense_layers_go_when_they_are_replaced(streamed, tmp_path, monkeypatch):
     model = llmkern.stream(save(tmp_path)) if streamed else tiny.llama()
-    weights, step = {}, pipeline.Progress.step
+    weights, step = {}, layer_solver.Progress.step
 
     def look(self, name):
         at = int(name.split(".")[2])
@@ -126,7 +126,7 @@ def test_dense_layers_go_when_they_are_replaced(streamed, tmp_path, monkeypatch)
         assert alive == {at}
         step(self, name)
 
-    monkeypatch.setattr(pipeline.Progress, "step", look)
+    monkeypatch.setattr(layer_solver.Progress, "step", look)
     gc.disable()
     try:
         compressed(model)
@@ -200,7 +200,7 @@ def test_a_streamed_run_goes_on_where_another_was_stopped(kind, tmp_path, monkey
     save(tmp_path / "m", kind)
     whole = loaded(tmp_path / "m")
     compressed(whole)
-    step = pipeline.Progress.step
+    step = layer_solver.Progress.step
 
     def stop(self, name):
         step(self, name)
@@ -208,7 +208,7 @@ def test_a_streamed_run_goes_on_where_another_was_stopped(kind, tmp_path, monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Progress, "step", stop)
+        patch.setattr(layer_solver.Progress, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             compressed(loaded(tmp_path / "m"), state_dir=tmp_path / "state")
     model = llmkern.stream(tmp_path / "m")

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import llmkern
-from llmkern import pipeline
+from llmkern import layer_solver
 from llmkern.nn import PackedLinear
 from llmkern.report import Report, Row
 from llmkern.solvers import Hessian, Problem, gptq, hessian, rtn, sparsegpt
@@ -196,13 +196,13 @@ class Across(torch.nn.Module):
 
 def test_a_module_of_two_blocks_is_compressed_once_on_both_inputs(monkeypatch):
     seen = {}
-    keep = pipeline.solve_and_keep
+    keep = layer_solver.solve_and_keep
 
     def record(caller, name, layer, hessian, *rest):
         seen[name] = hessian.raw().clone()
         return keep(caller, name, layer, hessian, *rest)
 
-    monkeypatch.setattr(pipeline, "solve_and_keep", record)
+    monkeypatch.setattr(layer_solver, "solve_and_keep", record)
     model, x = Across(), normal(20, 16)
     report = compress(model, llmkern.Recipe.parse("gptq-int8", objective="layer"), [x])
     assert model.blocks[2][0] is model.blocks[0][0]

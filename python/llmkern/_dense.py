@@ -120,7 +120,7 @@ def side_by_side(on: Tensor, tasks: Sequence[Callable[[], Result]]) -> list[Resu
     """What each task returns; those on the CPU (where `on` is) run as many at a time as torch has threads, on one each.
 
     For tasks of thousands of steps too small to divide, between which threads would wait for each other. The first
-    error is raised once all have ended.
+    error is raised once nothing runs any more.
     """
     if not on_host(on):
         return [task() for task in tasks]

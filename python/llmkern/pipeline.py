@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import repeat
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,39 +17,31 @@ from torch import nn
 from llmkern import blocks, experts, listed_experts
 from llmkern._dense import dense_by_onednn
 from llmkern._pages import give_back
-from llmkern._progress import Progress
 from llmkern.activations import Calls, Store
 from llmkern.blocks import Call, Chain, linears
 from llmkern.calibration import Calibration, calls_of, count_tokens, device_of, move, move_call, quiet, rows_that_count
 from llmkern.casting import cast
 from llmkern.dense_twin import DenseTwin
-from llmkern.distributed import Group, team
+from llmkern.distributed import Group
 from llmkern.experts import Experts
-from llmkern.fingerprint import fingerprint
 from llmkern.fisher import Sensitivity, Unknown, gather
+from llmkern.layer_solver import NO_SENSITIVITY, LayerSolver
 from llmkern.listed_experts import ListedExperts
-from llmkern.nn import dense_weight, is_conv1d
-from llmkern.patching import choose, notes_on, solve_and_keep, swap_all
+from llmkern.nn import dense_weight
+from llmkern.patching import choose, notes_on
 from llmkern.recipe import Recipe
 from llmkern.report import Report, model_bytes
 from llmkern.shared_inputs import DenseRun, SharedInputs
-from llmkern.solved import Solved, decode
 from llmkern.stages import parts, split, stages
-from llmkern.state import NoState, State
-from llmkern.streaming import held, is_streamed, read_bias
+from llmkern.streaming import held, is_streamed
 
 NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in one pass over the whole model"
 # Dense bytes of the layers that one part of a state holds where there is no data: fewer are not worth the flushing.
 PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
-NO_SENSITIVITY = "measured by the layer's own error: what the model's output feels of it is not known"
-NO_SHIFT = "does not make up for errors of its input: the dense model's cannot be told token by token"
-NO_NOTES: Mapping[str, str] = MappingProxyType({})
-REMEDIES = 'give data that reaches it, calibrate experts from all tokens (experts="all"), or ignore it'
 # Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
 SWAPS = 64
-UNMASKED = "its input is not laid out as the attention_mask: tokens of padding counted too"
 
 
 def compress(
@@ -107,9 +97,9 @@ def compress(
             experts.settle(model, busy={model.get_submodule(name) for name in chosen})
             run = _Run(model, chosen, report, device, strict, progress, activation_budget, recipe.experts == "all")
             needs_data = any(wanted.needs_calibration for wanted in chosen.values())
-            with run.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
+            with run.solver.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
                 batches = calls_of(model, calibration) if needs_data else []
-                with closing(run.open(recipe, batches, state_dir)):
+                with closing(run.solver.open(recipe, batches, state_dir, run.device)):
                     if needs_data:
                         run.calibrated(batches)
                     else:
@@ -136,35 +126,11 @@ class _Run:
         self.model, self.chosen, self.report, self.strict = model, chosen, report, strict
         self.everything, self.activation_budget = everything, activation_budget
         self.device = None if device is None else torch.device(device)
-        self.team = team(model)
-        self.bar = Progress(report.recipe, len(chosen), progress and self.team.rank == 0)
-        self.state: State | NoState = NoState()
-        self.done: frozenset[str] = frozenset()  # parts of the state
+        self.solver = LayerSolver(model, chosen, report, strict=strict, progress=progress)
+        self.team = self.solver.team
         self.batches: list[Call] = []  # this rank's
         self.shared: set[str] = set()  # layers that are one module in several blocks
-        self.unmasked: set[str] = set()  # layers whose padding counted
         self.found_mixtures = False
-        self.sensitivity: Sensitivity | None = None
-
-    def open(self, recipe: Recipe, batches: list[Call], folder: str | Path | None) -> State | NoState:
-        """The state to close at the end; what is in it already will not be solved again."""
-
-        @cache
-        def about() -> dict[str, Any]:
-            return fingerprint(self.model, recipe, batches, self.device, values=folder is not None)
-
-        def start() -> tuple[tuple[str, ...], tuple[str, ...]]:
-            if folder is not None:
-                self.state = State(folder, about(), self.team.size)
-            return self.state.parts, self.state.notes
-
-        self.team.check_same(about)
-        done, notes = self.team.from_first(start)
-        self.done = frozenset(done)
-        self.report.notes += notes
-        if self.team.size > 1:
-            self.report.notes.append(f"calibrated and solved on {self.team.size} ranks")
-        return self.state
 
     def data_free(self) -> None:
         """Part after part, as many at a time as there are ranks."""
@@ -174,7 +140,7 @@ class _Run:
             inside |= dict.fromkeys(linears(block, name), name)
         todo = parts(sizes, inside, PART_BYTES)
         for at in range(0, len(todo), self.team.size):
-            self._replace(self.team.data_free(todo[at : at + self.team.size]), needs_data=False)
+            self.solver.replace_all(self.team.data_free(todo[at : at + self.team.size]), needs_data=False)
 
     def calibrated(self, batches: list[Call]) -> None:
         """Chain after chain, block after block; then whatever is in no chain, in one pass over the whole model."""
@@ -183,7 +149,7 @@ class _Run:
         first = batches[0]
         if len(first.args) == 1 and not first.kwargs:
             first = Call((first.args[0][:1],), {})  # how a model is wired shows on one sequence
-        self.sensitivity = self._sensitivity()
+        self.solver.sensitivity = self._sensitivity()
         chains, irregular = self.team.jointly(partial(blocks.learn, self.model, self._bound(self.model, first)))
         done: set[str] = set()
         for chain in chains:
@@ -195,7 +161,7 @@ class _Run:
             inside = tuple(block + "." for block in irregular)
             notes = {name: NOT_A_CHAIN if name.startswith(inside) else OUTSIDE for name in rest}
             notes |= dict.fromkeys(self.shared & rest.keys(), SHARED)
-            self._replace(groups, notes)
+            self.solver.replace_all(groups, notes)
 
     def _sensitivity(self) -> Sensitivity | None:
         """What the model's output feels of the layers that are measured by it; None where none is, or nothing is known.
@@ -233,7 +199,7 @@ class _Run:
         del found_in  # dense layers go when they are replaced
         last = max((k for k in range(count) if names[k]), default=-1)
         kinds = sorted({chain.kind[k] for k in range(last + 1) if k == 0 or chain.follows[k]})
-        durable = next((k for k in range(last + 1) if names[k] and chain.names[k] not in self.done), last + 1)
+        durable = next((k for k in range(last + 1) if names[k] and chain.names[k] not in self.solver.done), last + 1)
         if durable > last:
             for k in range(last + 1):
                 self._skip(chain, k, names[k])
@@ -292,7 +258,7 @@ class _Run:
 
     def _skip(self, chain: Chain, k: int, names: list[str]) -> None:
         """Put the packed layers of a finished block in place, whose outputs nobody needs."""
-        self._swap(self._restored(chain.names[k], names))
+        self.solver.swap(self.solver.restored(chain.names[k], names))
         self.team.jointly(lambda: experts.settle(chain.blocks[k]))  # which may read what stays dense
 
     def _block(
@@ -303,8 +269,8 @@ class _Run:
         home = device_of(block)
         device = self.device or home
         block.to(device)
-        if part in self.done:
-            solved = self._run_dense(self._restored(part, layers))
+        if part in self.solver.done:
+            solved = self.solver.run_dense(self.solver.restored(part, layers))
         else:
             solved = {}
 
@@ -318,14 +284,14 @@ class _Run:
                 runs = ((block, move_call(call, device)) for call in calls)
                 advancing = feeds_next and number == len(in_turn)
                 groups = self._groups(stage, mixtures, runs, twin, advancing=advancing)
-                for found in self._solve(groups, runs_on=True):
-                    solved |= self._run_dense(found)
-            self._keep(part, solved)
+                for found in self.solver.solve(groups, runs_on=True):
+                    solved |= self.solver.run_dense(found)
+            self.solver.keep(part, solved)
         if feeds_next and twin is not None:
             self.team.jointly(twin.advance)
         # The codes' dense values run in the place of the packed weight until the next block's inputs are known: the
         # numbers are the same, and at this many rows nothing beats the dense product. Quantized activations differ.
-        self._swap({name: layer for name, layer in solved.items() if layer.packed.activations})
+        self.solver.swap({name: layer for name, layer in solved.items() if layer.packed.activations})
 
         def hand_on() -> None:
             for at, call in enumerate(calls):
@@ -334,7 +300,7 @@ class _Run:
 
         if feeds_next:
             self.team.jointly(hand_on)
-        self._swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
+        self.solver.swap({name: layer for name, layer in solved.items() if not layer.packed.activations})
         experts.settle(block)
         block.to(home)
 
@@ -394,105 +360,12 @@ class _Run:
             beside = twin.runs(advancing=advancing) if twin is not None and shifts else repeat(None, len(self.batches))
             for at, (batch, (module, call), dense) in enumerate(zip(self.batches, runs, beside, strict=True)):
                 shared.rows = rows_that_count(self.model, batch)
-                shared.weights = self.sensitivity.weights(at) if self.sensitivity else {}
+                shared.weights = self.solver.sensitivity.weights(at) if self.solver.sensitivity else {}
                 self._collect(shared, self._bound(module, call), dense)
             return sorted(shared.unmasked)
 
-        self.unmasked.update(*self.team.each(collect))
+        self.solver.unmasked.update(*self.team.each(collect))
         return self.team.groups(shared)
-
-    def _solve(
-        self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True, runs_on: bool = False
-    ) -> Iterator[dict[str, Solved]]:
-        """Solve these groups, one after the other; nothing is put in place yet. runs_on: keep the dense values."""
-
-        def solve(group: Group) -> dict[str, Solved]:
-            solved = {}
-            for name in group.names:
-                layer = self.model.get_submodule(name)
-                if needs_data and (group.hessian is None or not group.hessian.tokens):
-                    raise ValueError(f"compress: layer {name} saw no calibration tokens; {REMEDIES}")
-                recipe = self.chosen[name]
-                output = self.sensitivity.take(name) if self.sensitivity and recipe.by_model else None
-                with held(layer):
-                    packed, row, solution = solve_and_keep(
-                        "compress", name, layer, group.hessian, recipe, output, group.shift
-                    )
-                if needs_data and recipe.by_model and output is None:
-                    row.notes = (*row.notes, NO_SENSITIVITY)
-                if needs_data and row.tokens < packed.in_features:
-                    row.notes = (*row.notes, f"{row.tokens} calibration tokens for {packed.in_features} input features")
-                if name in self.unmasked:
-                    row.notes = (*row.notes, UNMASKED)
-                if name in notes:
-                    row.notes = (*row.notes, notes[name])
-                if needs_data and recipe.correction and group.shift is None:
-                    row.notes = (*row.notes, NO_SHIFT)
-                solved[name] = Solved(packed, row, solution.weight if runs_on else None)
-            return solved
-
-        for solved in self.team.solve(groups, solve):
-            self._take(solved)
-            yield solved
-
-    def _take(self, solved: dict[str, Solved]) -> None:
-        """Into the report."""
-        for name, layer in solved.items():
-            if self.strict and layer.row.problems:
-                raise ValueError(f"compress: layer {name}: {'; '.join(layer.row.problems)} (strict)")
-            self.report.rows.append(layer.row)
-            self.bar.step(name)
-
-    def _run_dense(self, solved: dict[str, Solved]) -> dict[str, Solved]:
-        """Give the dense layers the values of their solutions, which are then not kept a second time."""
-        for name, layer in solved.items():
-            dense, values = self.model.get_submodule(name), layer.values()
-            dense.weight.copy_(values.T if is_conv1d(dense) else values)  # type: ignore[operator]
-        return {name: replace(layer, dense=None) for name, layer in solved.items()}
-
-    def _replace(self, groups: list[Group], notes: Mapping[str, str] = NO_NOTES, needs_data: bool = True) -> None:
-        """Solve these groups, each a part of the state, and put their packed layers in place.
-
-        Dense weights stay: nothing runs them, and that of a tied head is the embeddings' too.
-        """
-        todo = []
-        while groups:  # a list that nobody empties would keep the Hessians
-            group = groups.pop(0)
-            part = group.names[0]
-            if part in self.done:
-                self._swap(self._restored(part, group.names))
-            else:
-                todo.append(group)
-        for solved in self._solve(todo, notes, needs_data):
-            self._keep(next(iter(solved)), solved)
-            self._swap(solved)
-
-    def _keep(self, part: str, solved: dict[str, Solved]) -> None:
-        """Make a part durable, where there is a state."""
-        if solved:
-            self.team.from_first(lambda: self.state.write(part, solved))
-
-    def _restored(self, part: str, names: Iterable[str]) -> dict[str, Solved]:
-        """The layers of a part that is in the state."""
-        layers = {name: self.model.get_submodule(name) for name in names}
-        if not layers:
-            return {}
-        data = self.team.from_first(lambda: self.state.read(part))
-
-        def read() -> dict[str, Solved]:
-            for layer in layers.values():
-                read_bias(layer)
-            try:
-                return decode(data, layers)
-            except ValueError as error:
-                raise ValueError(f"compress: part {part} of the state: {error}") from None
-
-        solved = self.team.jointly(read)
-        self._take(solved)
-        return solved
-
-    def _swap(self, solved: dict[str, Solved]) -> None:
-        swap_all(self.model, {name: layer.packed for name, layer in solved.items()})
 
     def _collect(self, shared: SharedInputs, run: Callable[[], Any], dense: DenseRun | None = None) -> None:
         try:
@@ -503,17 +376,3 @@ class _Run:
     @staticmethod
     def _bound(module: nn.Module, call: Call) -> Callable[[], Any]:
         return lambda: module(*call.args, **call.kwargs)
-
-    @contextmanager
-    def errors_count_layers(self) -> Iterator[None]:
-        """Errors say how many layers are replaced already, and what a state has of them."""
-        try:
-            yield
-        except (ValueError, TypeError, RuntimeError) as error:
-            if not self.report.rows:
-                raise
-            done = f"{len(self.report.rows)} of {len(self.chosen)} layers are changed already; the model still runs"
-            advice = f"; {self.state.advice}" if self.state.advice else ""
-            raise type(error)(f"{error} ({done}{advice})") from error
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self.state.advice) from None

@@ -56,8 +56,8 @@ class Feedback:
     """The values of columns [N, K] compensated for the differences w - q of all columns before them, block by block."""
 
     def __init__(self, w: Tensor, factor: Factor, blocks: list[slice], *, rough: bool = False) -> None:
+        self._rough = rough and on_host(w)
         # A block's are final when it begins, and what was chosen when it is done.
-        self._rough = rough
         self.values = large_empty(*w.shape, like=w).copy_(w)
         self._w, self._factor, self._blocks, self._done = w, factor, blocks, 0
         self._energy, self._squared = w.new_zeros(2, dtype=torch.float64).unbind()
