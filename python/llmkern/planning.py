@@ -32,7 +32,9 @@ FORWARD_COPIES = 4  # of a batch's widest activation, and one more where inputs 
 EFFICIENCY = 0.2
 # Products with both matrices of coupled rows: two refits of scales, and passes over the codes.
 POLISH = 2 * (SCALE_STEPS + 3) + 3 * DESCENT
-FORWARDS = 2.5  # passes over a block: its stages together about one and a half, and one that feeds the next block
+# Passes over a block: its stages together about one and a half, and one that feeds the next block; of the dense model
+# the last stage is that one.
+FORWARDS, DENSE_FORWARDS = 2.5, 1.6
 # Bytes: libraries' own buffers, and memory that is free but not given back; 60 to 155 MB on SmolLM2.
 RUNTIME = 110_000_000
 
@@ -232,7 +234,7 @@ def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens
         count += FORWARDS * tokens * n * k
         if wanted.correction and tokens:
             corrected.add((name.rpartition(".")[0], k))
-            count += FORWARDS * tokens * n * k + 2 * n * k * k
+            count += DENSE_FORWARDS * tokens * n * k + 2 * n * k * k
         if wanted.by_model:  # forward, once more in the backward pass, and back
             count += tokens * n * (3 * k + min(n, PART) / 2)
             if wanted.bits:  # in products as large as they get
