@@ -27,6 +27,8 @@ from llmkern_cli._common import (
 NAME = "demo"
 HELP = "Compress a small real model in four ways, save, load again, and compare."
 RECIPES = ("dense", "rtn-int8", "gptq-int4-g64", "sparsegpt-2:4", "sparsegpt-2:4-int4-g64")
+# To calibrate. Half of what quality is measured with (`bench.quality`), so that two cores are done in ten minutes.
+SAMPLES = 16
 MARKER = "llmkern-demo.json"
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -35,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--out", default=Path("out/demo"), metavar="DIR", type=Path, help="(%(default)s)")
     parser.add_argument("--model", default="smollm2", metavar="MODEL", help="(%(default)s)")
-    parser.add_argument("--samples", type=at_least(1), default=32, metavar="N", help="to calibrate (%(default)s)")
+    parser.add_argument("--samples", type=at_least(1), default=SAMPLES, metavar="N", help="to calibrate (%(default)s)")
     parser.add_argument("--windows", type=at_least(1), default=16, metavar="N", help="to evaluate (%(default)s)")
     parser.add_argument("--seqlen", type=at_least(2), default=512, metavar="L", help="tokens per window (%(default)s)")
 
@@ -60,7 +62,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, recipe in recipes.items():
         folder = args.out / name.replace(":", "of")
         rows.append(_row(name, recipe, dense, tokenizer, folder, calibration, evaluation))
-    result = {"rows": rows, "report": str(args.out / "report.html"), "seconds": time.perf_counter() - started}
+    result = {
+        "samples": args.samples, "seqlen": args.seqlen, "rows": rows, "report": str(args.out / "report.html"),
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
     (args.out / MARKER).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (args.out / "report.html").write_text(_page(result), encoding="utf-8")
     return result
