@@ -125,7 +125,8 @@ def demo(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     header = ["recipe", "perplexity", "linear MB", "model MB", "prefill tok/s", "decode tok/s", "compress s"]
-    return f"`make demo` (`bench/results/demo.json`; {where(result)}):\n\n{table(header, rows)}"
+    head = f"`make demo`, calibrated with {result['samples']} windows of {result['seqlen']} tokens"
+    return f"{head} (`bench/results/demo.json`; {where(result)}):\n\n{table(header, rows)}"
 
 
 GPU_OPS = (
