@@ -46,6 +46,19 @@ def assert_same_rows(ours, theirs):
     assert agree.float().mean() >= 0.9
 
 
+@pytest.mark.parametrize("solve", [gptq, partial(sparsegpt, bits=4), partial(sparsegpt, refit=False)])
+def test_no_loss(solve, monkeypatch):
+    """Nothing else changes, and none of its products is made."""
+    weight, h = layer_problem()
+    with_loss = solve(weight, h)
+    for module in ("gptq", "sparsegpt"):
+        monkeypatch.setattr(sys.modules[f"llmkern.solvers.{module}"], "relative_loss", None)
+    without = solve(weight, h, loss=False)
+    assert math.isnan(without.loss)
+    assert torch.equal(without.weight, with_loss.weight)
+    assert without.notes == with_loss.notes
+
+
 class TestAgainstPublished:
     """The same weights as chol + inverse + chol and a loop per column, in float64."""
 
@@ -73,18 +86,6 @@ class TestAgainstPublished:
         theirs = published.sparsegpt(weight.double(), h.double(), sparsity=fraction, prune_n=n, prune_m=m)
         assert torch.equal(ours.mask, theirs.mask)
         torch.testing.assert_close(ours.weight, theirs.weight.float(), rtol=1e-4, atol=1e-6)
-
-    @pytest.mark.parametrize("solve", [gptq, partial(sparsegpt, bits=4), partial(sparsegpt, refit=False)])
-    def test_no_loss(self, solve, monkeypatch):
-        """Nothing else changes, and none of its products is made."""
-        weight, h = layer_problem()
-        with_loss = solve(weight, h)
-        for module in ("gptq", "sparsegpt"):
-            monkeypatch.setattr(sys.modules[f"llmkern.solvers.{module}"], "relative_loss", None)
-        without = solve(weight, h, loss=False)
-        assert math.isnan(without.loss)
-        assert torch.equal(without.weight, with_loss.weight)
-        assert without.notes == with_loss.notes
 
     def test_single_pass_joint(self):
         weight, h = layer_problem()

@@ -40,8 +40,6 @@ NOT_A_CHAIN = "its block does not run exactly once per forward: calibrated in on
 PART_BYTES = 256 << 20
 SHARED = "it stands in several blocks: calibrated on the inputs of all of them, after the blocks"
 OUTSIDE = "outside the repeated blocks: calibrated after them"
-# Layers that are put in place in one walk over the model, which may hold ten thousands of experts' layers.
-SWAPS = 64
 
 
 def compress(

@@ -51,7 +51,7 @@ def gptq(
     `output`, and 0 without, where they would take several times as long as all else.
 
     loss: False leaves the solution's NaN: what it is relative to takes a product with the whole Hessian, which the
-    published algorithms do not have (a fifth of the time at 4096 x 4096).
+    published algorithms do not have (a quarter of the time at 4096 x 4096 on a CPU).
 
     Raises ValueError (or TypeError for a dtype) that names the argument; a Hessian that is not positive definite is
     retried as `Hessian.factor` says, and `damp` and `notes` of the solution tell.
