@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -264,14 +265,18 @@ def test_a_run_that_was_interrupted_goes_on(run, model, corpus, tmp_path, monkey
 
 
 def test_under_torchrun_the_first_rank_writes_and_prints(model, corpus, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llmkern"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["compress", model, "--recipe", "gptq-int4-g32", "--calibration", corpus, "--samples", "9"]
     command += ["--seqlen", "16", "--json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for stream in ("off", "on"):
+    watched = Path(__file__).with_name("cli_rank.py")
+    for stream, program in (("off", ["-m", "llmkern"]), ("on", [watched])):
         options = ["--stream", stream, "--out", tmp_path / stream]
-        done = subprocess.run([*launch, *command, *options], env=env, capture_output=True, text=True, check=False)
+        line = [*launch, *program, *command, *options]
+        done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        if program == [watched] and sys.platform == "linux":
+            assert done.stderr.count("no thread of gloo is left") == 2, done.stderr
         assert done.stderr.count("streaming ") == 2 * (stream == "on")
         result = json.loads(done.stdout)
         assert result["tokens"] == 9 * 16

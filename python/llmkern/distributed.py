@@ -12,6 +12,7 @@ process group's timeout.
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,6 +274,11 @@ def joined() -> Iterator[tuple[int, torch.device | None]]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    # Functions here have the default group as a default argument. Imported inside, as transformers does, they keep it
+    # and gloo's threads for good, and one that still drops a tensor while the interpreter ends aborts the process
+    # (pytorch#190489).
+    importlib.import_module("torch.distributed.nn")
+    importlib.import_module("torch.distributed.fsdp")
     dist.init_process_group("gloo" if device is None else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
     try:
         yield dist.get_rank(), device
