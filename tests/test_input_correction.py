@@ -124,7 +124,8 @@ def test_every_shift_is_from_the_dense_model_to_the_compressed_one_so_far(kind, 
         for name in layers:
             wanted = moved(kind, twin, dense, [name], [tiny.inputs(kind, calibration)])[name]
             got = seen[pointers[name]].double()
-            assert (got - wanted).norm() < 1e-3 * wanted.norm() or (first and not got.any() and not wanted.any()), name
+            # In rough products, where those are fast.
+            assert (got - wanted).norm() < 4e-3 * wanted.norm() or (first and not got.any() and not wanted.any()), name
             weight = dense_weight(twin.get_submodule(name))
             weight.copy_(rtn(weight, None, bits=3, group_size=16).weight)
         assert any(seen[pointers[name]].any() for name in layers)

@@ -10,45 +10,12 @@ import torch
 from llmkern import _dense, _memory, _pages
 from llmkern.formats import Int4Weight, Sparse24Int4Weight, Sparse24Weight, _base
 from llmkern.solvers import Hessian, columns, gptq, hessian, refit, solution
+from llmkern.solvers.descent import Descent
 from llmkern.solvers.grid import find_grid
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize(("n", "k", "m"), [(5, 3, 2), (2100, 70, 40), (1500, 300, 200)])
-def test_add_product_of_parts(n: int, k: int, m: int) -> None:
-    out, a, b = random(n, m + 9), random(n, k + 5, seed=1), random(k + 3, m + 4, seed=2)
-    less = random(n, k, seed=3)
-    wanted = out.double()
-    wanted[:, 4 : 4 + m] += (a[:, 2 : 2 + k] - less).double() @ b[1 : 1 + k, 3 : 3 + m].double()
-    _dense.add_product(out[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(("n", "k", "m"), [(50, 30, 20), (2100, 70, 40)])
-def test_rough_add_product_of_parts(n: int, k: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 where it is fast and rough will do: as good as its 8 bits. Elsewhere the same bits as without."""
-    out, a, b = random(n, m + 9), random(n, k + 5, seed=1), random(k + 3, m + 4, seed=2)
-    less = random(n, k, seed=3)
-    monkeypatch.setattr(_dense, "WORTH_ROUNDING", 50 * 30 * 20)
-    found = {}
-    for fast, rough in ((False, False), (False, True), (True, False), (True, True)):
-        monkeypatch.setattr(_dense, "half_is_fast", lambda fast=fast: fast)
-        found[fast, rough] = out.clone()
-        parts = (found[fast, rough][:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less)
-        _dense.add_product(*parts, rough=rough)
-    exact = found.pop((False, False))
-    moved = (found[True, True] - exact).square().mean().sqrt()
-    spread = 2**0.5 * k**0.5  # of the products that are added
-    assert 2**-12 * spread < moved < 2**-8 * spread
-    assert torch.equal(found[False, True], exact)
-    assert torch.equal(found[True, False], exact)
-    monkeypatch.setattr(_dense, "WORTH_ROUNDING", n * k * m + 1)
-    small = out.clone()
-    _dense.add_product(small[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less, rough=True)
-    assert torch.equal(small, exact)
 
 
 def test_large_matrices_are_like_others() -> None:
@@ -163,13 +130,14 @@ def test_factor_of_any_size(k: int) -> None:
         assert hessian._upper_by_blocks(equal) is None
 
 
-def test_descent_is_column_after_column() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_descent_is_column_after_column(again: bool) -> None:
     n, k, size = 8, 700, 100
     w = random(n, k)
     damped = Hessian(k).add(random(2 * k, k, seed=1) @ (torch.eye(k) + random(k, k, seed=2) / k**0.5)).damped(0.01)
     grid = find_grid(w, None, bits=4, group_size=size, symmetric=True, clip=None)
     start = grid.nearest(w)
-    ours = columns.descend(w, start, damped, grid, None, passes=2)
+    ours = Descent(damped, again=again).run(start, (w - start) @ damped, grid, None, passes=2)
     q, h = start.double(), damped.double()
     for _ in range(2):
         for j in range(k):

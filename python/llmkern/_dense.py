@@ -33,11 +33,18 @@ def _onednn() -> torch._ops.OpOverloadPacket | None:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., N, K] @ b [..., K, M], fp32, without gradients; a new tensor. Leading dims are the same."""
+def product(a: Tensor, b: Tensor, *, rough: bool = False) -> Tensor:
+    """a [..., N, K] @ b [..., K, M], fp32, without gradients; a new tensor. Leading dims are the same.
+
+    rough: three digits will do, so a CPU may multiply in bf16 where that is faster (`half_is_fast`). A matrix that
+    `rounded` gave is multiplied so without being asked.
+    """
     if a.is_cuda:
         with full_fp32():
             return a @ b
+    half = torch.bfloat16 in (a.dtype, b.dtype)
+    if half or (rough and a.ndim == 2 and _rounds(a.shape[0] * a.shape[1] * b.shape[1])):
+        return (a.bfloat16() @ b.bfloat16()).float()
     op = _onednn()
     if op is None or a.ndim != 2 or not _fits(a, b) or a.shape[0] * a.shape[1] * b.shape[1] < WORTH:
         return a @ b
@@ -46,16 +53,21 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return op(a.contiguous(), weight, None, "none", [], "")
 
 
+def rounded(x: Tensor, multiplications: int) -> Tensor:
+    """A matrix for several rough products of so many multiplications: bf16 where they would round it, else itself."""
+    return x.bfloat16() if on_host(x) and _rounds(multiplications) else x
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor, less: Tensor, *, rough: bool = False) -> None:
     """out [N, M] += (a - less) [N, K] @ b [K, M], fp32; each may be a part of a wider matrix.
 
-    rough: three digits of the product will do, so a CPU may multiply in bf16 where that is faster (`half_is_fast`).
+    rough: as for `product`.
     """
     if not on_host(out):
         with full_fp32():
             out.addmm_(a - less, b)
         return
-    half = rough and a.shape[0] * a.shape[1] * b.shape[1] >= WORTH_ROUNDING and half_is_fast()
+    half = rough and _rounds(a.shape[0] * a.shape[1] * b.shape[1])
     b = b.bfloat16() if half else b.contiguous()
     for start in range(0, len(a), ROWS):
         rows = slice(start, start + ROWS)
@@ -81,6 +93,10 @@ def half_is_fast() -> bool:
     """Whether a CPU product of bf16 matrices is quicker than one of fp32: oneDNN, and instructions for it."""
     levels = {level.name for level in _features.levels() if level.available}
     return _onednn() is not None and not levels.isdisjoint(("avx512_bf16", "amx"))
+
+
+def _rounds(multiplications: int) -> bool:
+    return multiplications >= WORTH_ROUNDING and half_is_fast()
 
 
 def on_host(x: Tensor) -> bool:
@@ -147,18 +163,18 @@ def squared(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def dense_by_onednn(model: nn.Module) -> Iterator[None]:
+def dense_by_onednn(model: nn.Module, *, rough: bool = False) -> Iterator[None]:
     """Inside, the model's fp32 nn.Linear layers on CPU multiply by oneDNN; gradients go to inputs only.
 
+    rough: as for `product`. What lies between the layers, a sum of all blocks before it, stays fp32.
     Nothing here keeps a layer alive: one that is replaced meanwhile takes its dense weight with it.
     """
-    op = _onednn()
     taken: list[weakref.ref[nn.Module]] = []
-    if op is not None:
+    if _onednn() is not None:
         for layer in model.modules():
             # A forward set on the instance (by a library that moves weights) must stay in charge.
             if type(layer) is nn.Linear and "forward" not in vars(layer):
-                layer.forward = partial(_forward, weakref.proxy(layer), op)  # type: ignore[method-assign, arg-type]
+                layer.forward = partial(_forward, weakref.proxy(layer), rough)  # type: ignore[method-assign, arg-type]
                 taken.append(weakref.ref(layer))
     try:
         yield
@@ -168,29 +184,40 @@ def dense_by_onednn(model: nn.Module) -> Iterator[None]:
                 del alive.forward
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, rough: bool) -> Tensor:
+    """x [..., K] @ weight [N, K]ᵀ + bias, fp32."""
+    op = _onednn()
+    assert op is not None
+    if not rough or not _rounds(x.numel() * len(weight)):
+        return op(x, weight, bias, "none", [], "")
+    out = op(x.bfloat16(), weight.bfloat16(), None, "none", [], "").float()
+    return out if bias is None else out.add_(bias)
+
+
 class _Product(torch.autograd.Function):
-    """x [..., K] @ weight [N, K]ᵀ + bias by oneDNN, with a gradient by x alone."""
+    """`_linear`, with a gradient by x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rough: bool) -> Tensor:
         """[..., N]."""
         ctx.save_for_backward(weight)
-        return _onednn()(x, weight, bias, "none", [], "")  # type: ignore[misc]
+        ctx.rough = rough
+        return _linear(x, weight, bias, rough)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """By x."""
         (weight,) = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
-        return product(rows, weight).view(*gradient.shape[:-1], weight.shape[1]), None, None
+        return product(rows, weight, rough=ctx.rough).view(*gradient.shape[:-1], weight.shape[1]), None, None, None
 
 
-def _forward(layer: nn.Linear, op: torch._ops.OpOverloadPacket, x: Tensor) -> Tensor:
+def _forward(layer: nn.Linear, rough: bool, x: Tensor) -> Tensor:
     weight = layer.weight
     if _fits(x, weight) and x.numel():
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Product.apply(x, weight, layer.bias)
-        return op(x, weight, layer.bias, "none", [], "")
+            return _Product.apply(x, weight, layer.bias, rough)
+        return _linear(x, weight, layer.bias, rough)
     return nn.functional.linear(x, weight, layer.bias)
 
 

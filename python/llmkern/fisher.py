@@ -61,7 +61,7 @@ class Sensitivity:
         """Add the gradient [..., N] by a layer's outputs in one call."""
         if name not in self.outputs:
             self.outputs[name] = OutputHessian(self.sizes[name], gradient.device)
-        self.outputs[name].add(gradient)
+        self.outputs[name].add(gradient, rough=True)
         self._calls.setdefault(name, []).append(self._together(gradient.float().square().sum(-1)))
 
     def _together(self, values: Tensor) -> Tensor:

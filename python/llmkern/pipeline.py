@@ -95,7 +95,7 @@ def compress(
             experts.settle(model, busy={model.get_submodule(name) for name in chosen})
             run = _Run(model, chosen, report, device, strict, progress, activation_budget, recipe.experts == "all")
             needs_data = any(wanted.needs_calibration for wanted in chosen.values())
-            with run.solver.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model):
+            with run.solver.errors_count_layers(), quiet(model), torch.no_grad(), dense_by_onednn(model, rough=True):
                 batches = calls_of(model, calibration) if needs_data else []
                 with closing(run.solver.open(recipe, batches, state_dir, run.device)):
                     if needs_data:

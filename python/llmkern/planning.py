@@ -11,7 +11,7 @@ from torch import nn
 
 from llmkern import _memory, blocks, experts
 from llmkern._dense import product
-from llmkern.calibration import BATCH
+from llmkern.calibration import per_call
 from llmkern.fisher import ROWS, TOKENS
 from llmkern.nn import dense_weight, is_linear
 from llmkern.packed_size import packed_size
@@ -183,7 +183,8 @@ def _work(
         hidden *= 2  # the dense model's beside the compressed one's
         solver += _correction(corrected, prefixes)
     felt = {name: weight.shape for name, weight in shapes.items() if chosen[name].by_model}
-    forward = min(BATCH, samples) * seqlen * widest * item * (FORWARD_COPIES + bool(felt or corrected))
+    tokens = min(per_call(seqlen, torch.device("cpu")), samples) * seqlen
+    forward = tokens * widest * item * (FORWARD_COPIES + bool(felt or corrected))
     work = _Work(blocks=hidden + forward + solver + RUNTIME, hidden=hidden)
     if felt:
         outputs = sum(4 * (n // PART * PART**2 + (n % PART) ** 2) for n, _ in felt.values())

@@ -199,7 +199,7 @@ class SharedInputs:
         dense, own = (self._counted(name, part).reshape(-1, x.shape[-1]) for part in (reference, x))
         if weight is not None:
             weight = self._counted(name, weight.to(x.device)).reshape(-1, 1)
-        self._shifts[name].add(dense, own, weight)
+        self._shifts[name].add(dense, own, weight, rough=True)
 
     def _add(self, name: str, x: Tensor, weight: Tensor | None) -> None:
         tokens = self._counted(name, x if weight is None else x * weight.to(x.device).sqrt())

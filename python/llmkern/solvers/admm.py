@@ -64,17 +64,17 @@ class _Ridge:
             for (at, basis), part in zip(self.rows, self.energies, strict=True)
         ]
 
-    def _turn(self, x: Tensor, basis: Tensor | None) -> Tensor:
-        x = product(x, self.basis)
-        return x if basis is None else product(basis.T, x)
+    def _turn(self, x: Tensor, basis: Tensor | None, *, rough: bool = False) -> Tensor:
+        x = product(x, self.basis, rough=rough)
+        return x if basis is None else product(basis.T, x, rough=rough)
 
     def solve(self, towards: Tensor, penalty: float) -> Tensor:
-        """x [N, K] for this `towards`, in the scaled space."""
+        """x [N, K] for this `towards`, in the scaled space: in rough products, as only a mask will come of it."""
         found = torch.empty_like(towards)
         for (at, basis), energies, target in zip(self.rows, self.energies, self.target, strict=True):
-            x = self._turn(towards[at], basis).mul_(penalty).add_(target).div_(energies + penalty)
-            x = product(x, self.basis.T)
-            found[at] = x if basis is None else product(basis, x)
+            x = self._turn(towards[at], basis, rough=True).mul_(penalty).add_(target).div_(energies + penalty)
+            x = product(x, self.basis.T, rough=True)
+            found[at] = x if basis is None else product(basis, x, rough=True)
         return found
 
 

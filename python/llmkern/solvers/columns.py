@@ -207,27 +207,3 @@ def keep_all_but(score: Tensor, count: int) -> Tensor:
         equal = (flat == threshold).nonzero().flatten()
         keep.view(-1)[equal[len(equal) - more :]] = True
     return keep
-
-
-def descend(w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | None, passes: int) -> Tensor:
-    """Coordinate descent over the codes of q [N, K] on tr((w - q) damped (w - q)ᵀ), natural order; returns the new q.
-
-    Each column takes the grid value nearest to its optimum with all others fixed, which can only lower the objective:
-    the column update of gptq_block, with rows of the Hessian (columns divided by its diagonal) for the feedback.
-    """
-    k = w.shape[1]
-    parts, groups = blocks(k), grid.groups(None, k)
-    diagonal = damped.diagonal()
-    for _ in range(passes):
-        start, q = q, large_empty(*q.shape, like=q).copy_(q)
-        slope = product(w - start, damped)  # minus half the gradient
-        for index, at in enumerate(parts, 1):
-            before = start[:, at].contiguous()
-            target = before + slope[:, at] / diagonal[at]
-            unit = (damped[at, at] / diagonal[at]).contiguous()
-            kept = None if mask is None else mask[:, at].contiguous()
-            q[:, at] = ops.gptq_block(before, target, unit, grid.scales, grid.zeros, groups[at], kept, grid.bits)
-            done, come = due(parts, index)
-            if come.start < come.stop:
-                add_product(slope[:, come], start[:, done], damped[done, come], less=q[:, done])
-    return q

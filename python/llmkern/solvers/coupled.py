@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmkern import ops
 from llmkern._dense import product, side_by_side
-from llmkern.solvers.columns import blocks, descend
+from llmkern.solvers.columns import blocks
+from llmkern.solvers.descent import Descent
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.hessian import Factor
 from llmkern.solvers.output import OutputHessian
@@ -82,32 +83,39 @@ def coupled_descent(
     if not passes:
         return q
     if output is None:
-        return descend(w, q, damped, grid, mask, passes)
+        return Descent(damped).run(q, product(w - q, damped), grid, mask, passes)
+    descent = Descent(damped, again=True)
 
     def descended(index: int, at: slice) -> Tensor:
         kept = None if mask is None else mask[at]
-        return _descend_part(w[at], q[at], damped, grid.rows(at), kept, passes, output.damped(index))
+        return _descend_part(w[at], q[at], descent, grid.rows(at), kept, passes, output.damped(index))
 
     return torch.cat(side_by_side(w, [partial(descended, *part) for part in enumerate(output.places)]))
 
 
 def _descend_part(
-    w: Tensor, q: Tensor, damped: Tensor, grid: Grid, mask: Tensor | None, passes: int, coupled: Tensor
+    w: Tensor, q: Tensor, descent: Descent, grid: Grid, mask: Tensor | None, passes: int, coupled: Tensor
 ) -> Tensor:
     """The same for rows that `coupled`, their part of O, couples."""
     q, moved = q.clone(), w - q
+    image = product(moved, descent.damped)
     for rows in blocks(len(w), ROWS):
-        own, all_rows = coupled[rows, rows], product(coupled[rows], moved)
-        others = all_rows - own @ moved[rows]
+        own = coupled[rows, rows]
+        others = product(coupled[rows], moved) - own @ moved[rows]
+        # On its own a row would best be off by what undoes `others`: the slope from where it is to there.
+        slope = product(coupled[rows], image) / own.diagonal().unsqueeze(1)
         kept = None if mask is None else mask[rows]
-        target = w[rows] + all_rows / own.diagonal().unsqueeze(1) - moved[rows]
-        step = descend(target, q[rows], damped, grid.rows(rows), kept, passes)
+        step = descent.run(q[rows], slope, grid.rows(rows), kept, passes)
         after = w[rows] - step
-        if _felt(after, own, others, damped) < _felt(moved[rows], own, others, damped):
-            q[rows], moved[rows] = step, after
+        seen = image[rows] - product(moved[rows] - after, descent.damped)
+        if _felt(after, seen, own, others) < _felt(moved[rows], image[rows], own, others):
+            q[rows], moved[rows], image[rows] = step, after, seen
     return q
 
 
-def _felt(difference: Tensor, own: Tensor, others: Tensor, damped: Tensor) -> Tensor:
-    """What tr(O D H Dᵀ) has of some rows' D, a scalar: `own` is their block of O, `others` is O D of the other rows."""
-    return ((own @ difference + 2 * others) * product(difference, damped)).sum(dtype=torch.float64)
+def _felt(difference: Tensor, image: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """What tr(O D H Dᵀ) has of some rows' D, a scalar: `own` is their block of O, `others` is O D of the other rows.
+
+    image: D H.
+    """
+    return ((own @ difference + 2 * others) * image).sum(dtype=torch.float64)

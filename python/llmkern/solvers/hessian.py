@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,8 +89,11 @@ class Hessian:
         """Where the sum is."""
         return self._sum.device
 
-    def add(self, x: Tensor) -> Hessian:
+    def add(self, x: Tensor, *, rough: bool = False) -> Hessian:
         """Add the tokens of x [..., K], any float dtype. ValueError for another K, or a NaN or infinity in x.
+
+        rough: three digits of what these tokens add will do, so a CPU may multiply in bf16 where that is faster. The
+        sum is then no longer a second moment to the last digit: for Hessians whose damping is far above that.
 
         On a GPU, where looking at values waits for it, a NaN or infinity is found when the sum is first used.
         """
@@ -103,7 +107,7 @@ class Hessian:
         if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
             multiply = half_product
         else:
-            rows, multiply = rows.float(), product
+            rows, multiply = rows.float(), partial(product, rough=rough)
         width = BLOCK
         if on_host(rows):
             # A NaN or infinity anywhere shows in its column's energy, and so does a square beyond fp32.

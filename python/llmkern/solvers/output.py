@@ -42,10 +42,13 @@ class OutputHessian:
         moved.parts = [Hessian.from_partial(part.partial().to(device), part.tokens) for part in self.parts]
         return moved
 
-    def add(self, gradient: Tensor) -> None:
-        """Add the tokens of gradient [..., N], any float dtype. ValueError for a NaN or infinity in it."""
+    def add(self, gradient: Tensor, *, rough: bool = False) -> None:
+        """Add the tokens of gradient [..., N], any float dtype. ValueError for a NaN or infinity in it.
+
+        rough: as for `Hessian.add`.
+        """
         for at, part in zip(self.places, self.parts, strict=True):
-            part.add(gradient[..., at])
+            part.add(gradient[..., at], rough=rough)
 
     def damped(self, part: int) -> Tensor:
         """[P, P] of one block of outputs, damped."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmkern._dense import product
+from llmkern._dense import product, rounded
 from llmkern.ops._linear import expand_groups
 from llmkern.solvers.grid import Grid
 from llmkern.solvers.output import OutputHessian
@@ -20,8 +20,9 @@ def refit_scales(
     """The weights on the codes of q [N, K] with the scales of least tr(O (w - q) damped (w - q)ᵀ), and their grid.
 
     O is `output` or 1; natural order. The objective is a quadratic form of the scales, those of a row or of all coupled
-    rows at once: `steps` of conjugate gradients, preconditioned by what each scale alone would do. Scales are rounded
-    to the grid's dtype. Rows stay as they were where that, in sum, does not lower the objective.
+    rows at once: `steps` of conjugate gradients, preconditioned by what each scale alone would do, in rough products (a
+    few steps end far from where rounding would stop them). Scales are rounded to the grid's dtype. Rows stay as they
+    were where that, in sum, does not lower the objective.
     """
     if not steps:
         return q, grid
@@ -46,14 +47,20 @@ class _Part:
     def refit(self, steps: int) -> Tensor:
         """The better scales, fp32 [N, G]."""
         before, together = self.grid.scales, self.coupled is not None
-        slope = self._gather(self._image(self.w - self.spread(before)))
+        error = self.w - self.spread(before)
+        image = self._image(error, self.damped, self.coupled)
+        cost = self._cost(error, image)
+        n, k = self.w.shape
+        damped = rounded(self.damped, n * k * k)
+        coupled = None if self.coupled is None else rounded(self.coupled, n * n * k)
         found = conjugate_gradients(
-            before.clone(), slope, self._inverse(), lambda x: self._gather(self._image(self.spread(x))), steps,
-            together=together,
+            before.clone(), self._gather(image), self._inverse(),
+            lambda x: self._gather(self._image(self.spread(x), damped, coupled)), steps, together=together,
         )  # fmt: skip
         found = found.to(self.grid.scale_dtype).float()
         found = torch.where(torch.isfinite(found) & (found > 0), found, before)
-        return torch.where(self._cost(found) < self._cost(before), found, before)
+        error = self.w - self.spread(found)
+        return torch.where(self._cost(error, self._image(error, self.damped, self.coupled)) < cost, found, before)
 
     def spread(self, scales: Tensor) -> Tensor:
         """[N, K]: the weights of these scales [N, G]."""
@@ -64,14 +71,14 @@ class _Part:
         padded = torch.nn.functional.pad(x * self.codes, (0, -self.k % self.size))
         return padded.view(len(x), -1, self.size).sum(2)
 
-    def _image(self, x: Tensor) -> Tensor:
-        image = product(x, self.damped)
-        return image if self.coupled is None else product(self.coupled, image)
+    @staticmethod
+    def _image(x: Tensor, damped: Tensor, coupled: Tensor | None) -> Tensor:
+        image = product(x, damped)
+        return image if coupled is None else product(coupled, image)
 
-    def _cost(self, scales: Tensor) -> Tensor:
+    def _cost(self, error: Tensor, image: Tensor) -> Tensor:
         """The objective, [N, 1]; [1, 1] of all rows together."""
-        error = self.w - self.spread(scales)
-        rows = (error * self._image(error)).sum(1, dtype=torch.float64, keepdim=True)
+        rows = (error * image).sum(1, dtype=torch.float64, keepdim=True)
         return rows if self.coupled is None else rows.sum(0, keepdim=True)
 
     def _inverse(self) -> Tensor:

@@ -34,11 +34,12 @@ class InputShift:
         self.tokens = 0
         self.sum = _large.zeros(k, device)
 
-    def add(self, dense: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+    def add(self, dense: Tensor, x: Tensor, weight: Tensor | None = None, *, rough: bool = False) -> None:
         """Add tokens: x [T, K] of the compressed model, and the same of the dense one, any float dtype.
 
-        weight: fp32 [T, 1], how often each token counts; None is once. A NaN or infinity is found by `corrected`: on a
-        GPU looking at values would wait for it.
+        weight: fp32 [T, 1], how often each token counts; None is once. rough: three digits of what TOKENS tokens add
+        will do (other tokens would move an entry ten times as much), so a CPU may multiply in bf16 where that is
+        faster. A NaN or infinity is found by `corrected`: on a GPU looking at values would wait for it.
         """
         for start in range(0, len(x), TOKENS):
             rows = slice(start, start + TOKENS)
@@ -49,7 +50,7 @@ class InputShift:
             moved = moved.T.contiguous()
             for column in range(0, self.k, COLUMNS):
                 columns = slice(column, column + COLUMNS)
-                self.sum[columns] += product(moved[columns], part)
+                self.sum[columns] += product(moved[columns], part, rough=rough)
         self.tokens += len(x)
 
 
