@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmkern import _memory, blocks, experts
-from llmkern._dense import product
+from llmkern._dense import half_is_fast, product
 from llmkern.calibration import per_call
 from llmkern.fisher import ROWS, TOKENS
 from llmkern.nn import dense_weight, is_linear
@@ -30,8 +30,9 @@ WEIGHT_COPIES = 10  # fp32 [N, K] that a solver has at a time: weight, differenc
 FORWARD_COPIES = 4  # of a batch's widest activation, and one more where inputs are kept until the forward ends
 # What calibration reaches of the rate of a large product, on SmolLM2 (small matrices, norms, attention, packing).
 EFFICIENCY = 0.2
-# Products with both matrices of coupled rows: two refits of scales, and passes over the codes.
-POLISH = 2 * (SCALE_STEPS + 3) + 3 * DESCENT
+# Products with both matrices of coupled rows, exact and rough ones: two refits of scales, and passes over the codes.
+POLISH, POLISH_ROUGH = 2 * 2 + 2 * DESCENT, 2 * SCALE_STEPS
+ROUGH = 0.5  # of the time of an exact product
 # Passes over a block: its stages together about one and a half, and one that feeds the next block; of the dense model
 # the last stage is that one.
 FORWARDS, DENSE_FORWARDS = 2.5, 1.6
@@ -227,22 +228,22 @@ def _operations(chosen: dict[str, Recipe], linears: dict[str, nn.Module], tokens
     """Multiplications. Layers of one parent and one K are taken to share their input, as q, k and v do."""
     inputs: dict[tuple[str, int], set[str]] = {}
     corrected: set[tuple[str, int]] = set()
-    count = 0.0
+    count, rough = 0.0, ROUGH if half_is_fast() else 1.0
     for name, wanted in chosen.items():
         n, k = dense_weight(linears[name]).shape
         inputs.setdefault((name.rpartition(".")[0], k), set()).add(wanted.method)
         count += PRODUCTS.get(wanted.method, 1) * n * k * k / 2 * bool(tokens) + 100 * n * k
-        count += FORWARDS * tokens * n * k
+        count += rough * FORWARDS * tokens * n * k
         if wanted.correction and tokens:
             corrected.add((name.rpartition(".")[0], k))
-            count += DENSE_FORWARDS * tokens * n * k + 2 * n * k * k
+            count += rough * DENSE_FORWARDS * tokens * n * k + 2 * n * k * k
         if wanted.by_model:  # forward, once more in the backward pass, and back
-            count += tokens * n * (3 * k + min(n, PART) / 2)
+            count += rough * tokens * n * (3 * k + min(n, PART) / 2)
             if wanted.bits:  # in products as large as they get
-                count += EFFICIENCY * POLISH * n * k * (k + min(n, PART))
+                count += EFFICIENCY * (POLISH + rough * POLISH_ROUGH) * n * k * (k + min(n, PART))
     for (parent, k), methods in inputs.items():
         if (parent, k) in corrected:
-            count += tokens * k * k + k**3 / 3
+            count += rough * tokens * k * k + k**3 / 3
         eigen = 10 if "sparsegpt" in methods else 0
         count += tokens * k * k / 2 + (len(methods) + eigen) * k**3 / 3 * bool(tokens)
     return count
