@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from llmkern import _dense
+from llmkern import _dense, _features
 from llmkern.solvers import Hessian, InputShift
 from llmkern.solvers.output import OutputHessian
 
@@ -58,6 +60,22 @@ def test_rough_add_product_of_parts(n: int, k: int, m: int, monkeypatch: pytest.
     small = out.clone()
     _dense.add_product(small[:, 4 : 4 + m], a[:, 2 : 2 + k], b[1 : 1 + k, 3 : 3 + m], less, rough=True)
     assert torch.equal(small, exact)
+
+
+@pytest.mark.parametrize(
+    ("found", "pairs", "fast"),
+    [("", True, False), ("avx512_bf16", True, True), ("avx512_bf16", False, False), ("avx512_bf16 amx", False, True)],
+)
+def test_where_half_is_fast(found: str, pairs: bool, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(name, name in found.split(), "") for name in ("avx2", "avx512_bf16", "amx")]
+    module = SimpleNamespace(levels=lambda: rows, fast_bf16_products=lambda: pairs)
+    monkeypatch.setattr(_features, "native", module)
+    assert _features.half_is_fast() is fast
+
+
+def test_without_a_native_module_half_is_not_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_features, "native", None)
+    assert not _features.half_is_fast()
 
 
 @pytest.mark.usefixtures("rounding")

@@ -168,6 +168,7 @@ py::list levels_list() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "llmkern's native CPU kernels; call them through llmkern.ops.";
     m.def("levels", levels_list, "(name, available here, compile flags) of every CPU level, lowest first.");
+    m.def("fast_bf16_products", fast_bf16_products, "Whether avx512_bf16, where it is, beats fp32.");
 
     py::module_ int8_linear_module = m.def_submodule("int8_linear");
 #define LLMKERN_KERNEL(level) def_linear(int8_linear_module, #level, level::int8_linear, int8_args);

@@ -16,3 +16,6 @@ peaks: ModuleType
 
 def levels() -> list[tuple[str, bool, str]]:
     """(name, available here, compile flags) of every CPU level, lowest first."""
+
+def fast_bf16_products() -> bool:
+    """Whether products of bf16 pairs (avx512_bf16), where there are such, are faster than fp32's."""

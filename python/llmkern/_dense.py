@@ -90,9 +90,8 @@ def half_product(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def half_is_fast() -> bool:
-    """Whether a CPU product of bf16 matrices is quicker than one of fp32: oneDNN, and instructions for it."""
-    levels = {level.name for level in _features.levels() if level.available}
-    return _onednn() is not None and not levels.isdisjoint(("avx512_bf16", "amx"))
+    """Whether a CPU product of bf16 matrices is quicker than one of fp32: oneDNN, and a machine that is good at it."""
+    return _onednn() is not None and _features.half_is_fast()
 
 
 def _rounds(multiplications: int) -> bool:

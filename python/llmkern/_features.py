@@ -50,6 +50,15 @@ def levels() -> tuple[Level, ...]:
     )
 
 
+def half_is_fast() -> bool:
+    """Whether this machine multiplies bf16 faster than fp32: in AMX's tiles, or in pairs where those are no slower.
+
+    AMD's pairs are as fast as an fp32 FMA, for twice the work; Intel's run at a quarter of that rate.
+    """
+    found = {level.name for level in levels() if level.available}
+    return "amx" in found or ("avx512_bf16" in found and native is not None and native.fast_bf16_products())
+
+
 def disabled() -> frozenset[str]:
     """Names in LLMKERN_DISABLE: levels (`avx512_vnni`) or kernels (`cpu.avx2`). The registry refuses unknown ones."""
     text = os.environ.get("LLMKERN_DISABLE", "")
