@@ -33,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tensors are small here, and torch's pool stalls when the machine is busy
 
 
+@pytest.fixture(autouse=True)
+def threads_are_given_back() -> Iterator[None]:
+    """A test that leaves torch with more threads makes all tests after it slow, and none of them says why."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"torch was left with {left} threads"
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"llmkern: --seed {config.getoption('--seed')}"
 
