@@ -14,8 +14,7 @@ from llmkern.blocks import Call
 
 # Sequences per forward: enough rows for a GEMM at full speed, few enough for one block's activations to stay small.
 BATCH = 8
-# Tokens per forward on a CPU, where what a block's layers hand each other should stay in the caches: 4096 took a third
-# longer (K of 576 and 1536; 32 MB of third-level cache).
+# Tokens per forward on a CPU, where what a block's layers hand each other should stay in the caches.
 TOKENS = 1024
 
 Calibration = Tensor | Iterable[Any] | Callable[[nn.Module], Any]
